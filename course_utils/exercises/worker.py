@@ -1,0 +1,172 @@
+"""The process in which answers run; `sandbox` starts it and talks to its `main`.
+
+It imports torch once and then forks one child for each answer, so that an answer may hang, exit,
+crash, flood the output, start threads or change torch itself, and nothing of it stays. Where
+forking is unsafe (macOS) or missing (Windows) the answer runs in the worker, which puts global
+state back and which the parent process replaces when it hangs or dies.
+
+Requests and replies are pickles behind their length, on standard input and standard output.
+"""
+
+from __future__ import annotations
+
+import io
+import linecache
+import os
+import pickle
+import select
+import signal
+import struct
+import sys
+import time
+from typing import BinaryIO
+
+EXTRA_MEMORY = 4 << 30  # bytes that an answer may take beyond what the worker holds
+
+
+class CappedText(io.TextIOBase):
+    """A text stream that keeps the beginning of what an answer prints and counts the rest."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.kept, self.total = limit, "", 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        self.total += len(text)
+        if len(self.kept) < self.limit:
+            self.kept += text[: self.limit - len(self.kept)]
+        return len(text)
+
+
+def send(stream: BinaryIO, message: object) -> None:
+    body = pickle.dumps(message)
+    stream.write(struct.pack("<Q", len(body)) + body)
+    stream.flush()
+
+
+def receive(stream: BinaryIO) -> object:
+    """The next message; raises EOFError when the other side is gone."""
+    head = stream.read(8)
+    if len(head) < 8:
+        raise EOFError
+    body = stream.read(struct.unpack("<Q", head)[0])
+    return pickle.loads(body)
+
+
+def evaluate(request: dict) -> dict:
+    """Judges the answer in this process: {"verdict": …, "printed": …, "characters": …}."""
+    from . import registry
+    from .engine import MAX_PRINTED, WRONG, Verdict, diagnose, kept_state
+
+    printed = CappedText(MAX_PRINTED)
+    with kept_state():
+        sys.stdout = sys.stderr = printed
+        try:
+            for name, lines in request["sources"].items():
+                linecache.cache[name] = (sum(map(len, lines)), None, lines, name)
+            try:
+                candidate = pickle.loads(request["candidate"])
+            except Exception:
+                return {"problem": "unpickle"}
+            verdict = diagnose(registry()[request["slug"]], candidate)
+        except BaseException as error:
+            text = f"The answer could not be judged: {type(error).__name__}: {error}"
+            verdict = Verdict(WRONG, text[:500])
+    return {"verdict": verdict, "printed": printed.kept, "characters": printed.total}
+
+
+def _child(request: dict, pipe: int) -> None:
+    """Runs in a forked child; never returns."""
+    try:
+        os.setsid()
+        _limit_memory()
+        own = os.getpid()
+        reply = pickle.dumps(evaluate(request))
+        if os.getpid() == own:  # not in a process that the answer forked
+            with os.fdopen(pipe, "wb") as stream:
+                stream.write(struct.pack("<Q", len(reply)) + reply)
+    finally:
+        os._exit(0)
+
+
+def _limit_memory() -> None:
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with open("/proc/self/statm") as file:
+        pages = int(file.read().split()[0])
+    limit = pages * resource.getpagesize() + EXTRA_MEMORY
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def _in_child(request: dict, requests: BinaryIO) -> dict:
+    """Judges in a forked child that is killed when its time is over."""
+    end = time.monotonic() + request["limit"]
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(reading)
+        _child(request, writing)
+    os.close(writing)
+    answer, reply = b"", {"problem": "died"}
+    while True:
+        ready, _, _ = select.select([reading, requests], [], [], max(0.0, end - time.monotonic()))
+        if requests in ready:  # the learner's process is gone or wants no answer any more
+            reply = {"problem": "abandoned"}
+            break
+        if not ready:
+            reply = {"problem": "time"}
+            break
+        piece = os.read(reading, 1 << 16)
+        answer += piece
+        if len(answer) >= 8 and len(answer) - 8 == struct.unpack("<Q", answer[:8])[0]:
+            reply = pickle.loads(answer[8:])
+            break
+        if not piece:
+            break
+    os.close(reading)
+    for kill, target in ((os.killpg, pid), (os.kill, pid)):
+        try:
+            kill(target, signal.SIGKILL)
+        except OSError:  # it has ended, or has not yet made its own group
+            pass
+    _, status = os.waitpid(pid, 0)
+    if reply == {"problem": "died"}:
+        reply["signal"] = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+    return reply
+
+
+def _import_all() -> None:
+    """Everything that torch imports only when it is first used, so that no child has to."""
+    import torch
+
+    from . import registry
+
+    torch.set_num_threads(1)
+    x = torch.ones(2, requires_grad=True)
+    torch.autograd.grad((x * x).sum(), x)
+    torch.optim.SGD([x], lr=0.1).zero_grad()
+    registry()
+
+
+def main(fork: bool) -> None:
+    requests = os.fdopen(os.dup(0), "rb", buffering=0)
+    replies = os.fdopen(os.dup(1), "wb")
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):  # nothing that an answer writes may get among the replies
+        os.dup2(nothing, stream)
+    if hasattr(signal, "SIGINT"):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # "interrupt kernel" is for the parent
+    _import_all()
+    send(replies, "ready")
+    while True:
+        try:
+            request = receive(requests)
+        except EOFError:
+            return
+        reply = _in_child(request, requests) if fork else evaluate(request)
+        if reply == {"problem": "abandoned"}:
+            return
+        send(replies, reply)

@@ -1,0 +1,60 @@
+"""The learner's own passing answers as imports; the reference where there is none yet.
+
+    from course_utils.mine import AddBias, MLP
+
+Works in notebooks and in child processes alike, because answers come from the record.
+"""
+
+from __future__ import annotations
+
+import linecache
+from typing import Any
+
+_built: dict[str, Any] = {}
+
+
+def __getattr__(name: str) -> Any:
+    from .exercises import registry
+
+    for exercise in registry().values():
+        if exercise.name == name:
+            return _own(exercise) or exercise.reference
+    raise AttributeError(f"the course has no exercise that builds {name!r}")
+
+
+def _own(exercise) -> Any | None:
+    """The recorded answer, judged again when the exercise's probes have changed since."""
+    from .exercises import judge, record
+
+    try:
+        entry = record.load().get(exercise.slug, {})
+    except record.RecordUnavailable as unavailable:
+        print(unavailable)
+        return None
+    source = entry.get("source")
+    if entry.get("state") != "passed" or not source:
+        return None
+    if source not in _built:
+        answer = _build(exercise.slug, source, entry.get("name", exercise.name))
+        if answer is None:
+            print(f"{exercise.slug}: your recorded answer does not run here; using the reference.")
+            return None
+        if entry.get("fingerprint") != exercise.fingerprint:
+            if judge(exercise.slug, answer).state != "passed":
+                text = "its check has become stricter and your recorded answer no longer passes"
+                print(f"{exercise.slug}: {text}; using the reference.")
+                return None
+            record.update(exercise.slug, lambda e: e.update(fingerprint=exercise.fingerprint))
+        _built[source] = answer
+    return _built[source]
+
+
+def _build(slug: str, source: str, name: str) -> Any | None:
+    file = f"<your {slug}>"
+    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
+    space: dict[str, Any] = {"__name__": __name__}
+    try:
+        exec(compile(source, file, "exec"), space)
+    except Exception:
+        return None
+    return space.get(name)

@@ -1,0 +1,138 @@
+"""What holds for every exercise of the course, whoever wrote it."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+
+from course_utils.exercises import judge, registry
+from course_utils.exercises.engine import first_difference, observe, same_behaviour
+from course_utils.exercises.scaffold import slug_of
+
+EXERCISES = list(registry().values())
+BY_SLUG = pytest.mark.parametrize("exercise", EXERCISES, ids=lambda e: e.slug)
+
+
+def test_there_are_enough_of_them():
+    assert len(EXERCISES) >= 20
+    assert {e.chapter for e in EXERCISES} == {1, 2}
+    assert sum(len(e.misconceptions) for e in EXERCISES) >= 90
+
+
+def test_names_are_unique_so_that_mine_can_tell_them_apart():
+    names = [e.name for e in EXERCISES]
+    assert len(set(names)) == len(names)
+
+
+@BY_SLUG
+def test_is_complete(exercise):
+    assert len(exercise.misconceptions) >= 4
+    assert len(exercise.alternatives) >= 1
+    assert len(exercise.hints) >= 2
+    assert 1 <= exercise.difficulty <= 5 and exercise.minutes > 0 and exercise.title
+    slugs = [m.slug for m in exercise.misconceptions]
+    assert len(set(slugs)) == len(slugs)
+    for misconception in exercise.misconceptions:
+        assert len(misconception.message) >= 60, (
+            f"{misconception.slug}: the message explains little"
+        )
+    if exercise.slug.startswith("fix_"):
+        assert exercise.shipped is not None and exercise.symptom
+        assert exercise.shipped.__name__ == exercise.name
+    else:
+        assert exercise.shipped is None
+        assert exercise.slug == slug_of(exercise.name)
+
+
+@BY_SLUG
+def test_reference_passes(exercise):
+    verdict = judge(exercise.slug, exercise.reference)
+    assert verdict.state == "passed", verdict.message
+
+
+@BY_SLUG
+def test_misconceptions_are_rejected_and_named(exercise):
+    for misconception in exercise.misconceptions:
+        verdict = judge(exercise.slug, misconception.implementation)
+        assert verdict.state == "wrong", f"{misconception.slug}: {verdict.message}"
+        assert verdict.misconception == misconception.slug, verdict.message
+        assert verdict.message.startswith(misconception.message)
+
+
+@BY_SLUG
+def test_alternatives_pass(exercise):
+    for alternative in exercise.alternatives:
+        verdict = judge(exercise.slug, alternative)
+        assert verdict.state == "passed", f"{alternative}: {verdict.message}"
+
+
+@BY_SLUG
+def test_shipped_bug_is_not_an_attempt_and_its_repair_is(exercise):
+    if exercise.shipped is None:
+        pytest.skip("not a find-the-bug exercise")
+    verdict = judge(exercise.slug, exercise.shipped)
+    assert verdict.state == "not attempted"
+    assert exercise.symptom in verdict.message
+    messages = [m.message for m in exercise.misconceptions]
+    assert not any(message in verdict.message for message in messages), "the cause is told"
+    expected = observe(exercise, exercise.reference)
+    shipped = observe(exercise, exercise.shipped, expected)
+    found = first_difference(expected, shipped, exercise.rtol, exercise.atol)
+    assert found is not None, "the shipped cell is right"
+
+
+@BY_SLUG
+def test_probes_tell_everything_apart(exercise):
+    """No misconception behaves like the reference, and no two like one another."""
+    torch.set_num_threads(1)
+    rtol, atol = exercise.rtol, exercise.atol
+    expected = observe(exercise, exercise.reference)
+    assert not any("raised" in labels for labels in expected.values())
+    seen = {}
+    for misconception in exercise.misconceptions:
+        seen[misconception.slug] = observe(exercise, misconception.implementation, expected)
+        found = first_difference(expected, seen[misconception.slug], rtol, atol)
+        assert found is not None, f"{misconception.slug} behaves like the reference"
+    slugs = list(seen)
+    for position, one in enumerate(slugs):
+        for other in slugs[position + 1 :]:
+            same = same_behaviour(seen[one], seen[other], rtol, atol)
+            assert not same, f"no probe tells {one} from {other}"
+
+
+@BY_SLUG
+def test_no_constant_answer_passes(exercise):
+    """Whatever the reference returned on its first probe is not right on all of them."""
+    if isinstance(exercise.reference, type):
+        pytest.skip("a class has no constant answer")
+    returned = []
+
+    def spy(*args, **kwargs):
+        result = exercise.reference(*args, **kwargs)
+        returned.append(result)
+        return result
+
+    observe(exercise, spy)
+    first = returned[0]
+    if first is None:
+        pytest.skip("works in place")
+    verdict = judge(exercise.slug, lambda *args, **kwargs: first)
+    assert verdict.state == "wrong"
+
+
+@BY_SLUG
+def test_observations_are_reproducible(exercise):
+    torch.set_num_threads(1)
+    one = observe(exercise, exercise.reference)
+    torch.manual_seed(99)
+    other = observe(exercise, exercise.reference)
+    assert same_behaviour(one, other, exercise.rtol, exercise.atol)
+
+
+@BY_SLUG
+def test_reference_is_documented_and_stands_alone(exercise):
+    source = inspect.getsource(exercise.reference)
+    assert inspect.getdoc(exercise.reference)
+    assert len(source.splitlines()) <= 70

@@ -1,0 +1,162 @@
+"""Two hundred bad answers to every exercise get a verdict and a sentence, never an exception."""
+
+from __future__ import annotations
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+
+from course_utils.exercises import judge, registry
+
+EXERCISES = list(registry().values())
+VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=5),
+    st.lists(st.floats(), max_size=3),
+    st.dictionaries(st.text(max_size=2), st.integers(), max_size=2),
+    st.sampled_from([(3,), (2, 3), (), (0,), (5, 3, 2)]).map(torch.ones),
+    st.sampled_from([torch.float16, torch.int64, torch.complex64]).map(
+        lambda dtype: torch.ones(3, dtype=dtype)
+    ),
+    st.just(float("nan")),
+    st.builds(object),
+)
+ERRORS = st.sampled_from(
+    [ValueError, KeyError, SystemExit, KeyboardInterrupt, GeneratorExit, MemoryError, StopIteration]
+)
+
+
+def _returning(value):
+    return lambda *args, **kwargs: value
+
+
+def _raising(error):
+    def answer(*args, **kwargs):
+        raise error("no")
+
+    return answer
+
+
+def _generator(*args, **kwargs):
+    yield 1
+
+
+def _endless(*args, **kwargs):
+    while True:
+        pass
+
+
+def _exits(*args, **kwargs):
+    import os
+
+    os._exit(1)
+
+
+def _recursive(*args, **kwargs):
+    return _recursive(*args, **kwargs)
+
+
+def _echo(*args, **kwargs):
+    return args[0] if args else None
+
+
+def _spoils(*args, **kwargs):
+    """Changes every tensor that it is given, and global state."""
+    torch.set_default_dtype(torch.float16)
+    torch.set_grad_enabled(False)
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            arg.data.zero_()
+
+
+class _NoArguments:
+    def __call__(self, *args):
+        return self
+
+
+class _Hostile:
+    def __getattr__(self, name):
+        raise RuntimeError("no attributes")
+
+    def __repr__(self):
+        raise RuntimeError("no text")
+
+    def __call__(self, *args, **kwargs):
+        return self
+
+
+def _module(value):
+    class Answer(torch.nn.Module):
+        def __init__(self, *args, **kwargs):
+            super().__init__()
+
+        def forward(self, *args, **kwargs):
+            return value
+
+    return Answer
+
+
+def _function(forward, backward):
+    class Answer(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *args):
+            return forward if not callable(forward) else forward(*args)
+
+        @staticmethod
+        def backward(ctx, *grads):
+            return backward
+
+    return Answer
+
+
+CANDIDATES = st.one_of(
+    VALUES,
+    VALUES.map(_returning),
+    ERRORS.map(_raising),
+    VALUES.map(_module),
+    st.builds(_function, st.one_of(VALUES, st.just(_echo)), VALUES),
+    st.sampled_from([_generator, _exits, _recursive, _echo, _spoils, _NoArguments, _Hostile()]),
+    st.sampled_from([int, dict, torch.nn.Linear, torch.nn.Module, print, len, torch.sum, type]),
+    st.builds(iter, st.just([1])),
+)
+
+
+@pytest.mark.parametrize("exercise", EXERCISES, ids=lambda e: e.slug)
+def test_garbage_gets_a_sentence(exercise, monkeypatch):
+    monkeypatch.setenv("COURSE_TIME_LIMIT", "4")
+
+    @settings(
+        max_examples=200,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(CANDIDATES)
+    def every_candidate(candidate):
+        verdict = judge(exercise.slug, candidate)
+        assert verdict.state in ("wrong", "not attempted"), verdict
+        first = verdict.message.splitlines()[0]
+        assert len(first) > 20 and first.rstrip()[-1:], first
+
+    before = torch.get_default_dtype(), torch.is_grad_enabled(), torch.initial_seed()
+    every_candidate()
+    assert (torch.get_default_dtype(), torch.is_grad_enabled(), torch.initial_seed()) == before
+
+
+@pytest.mark.parametrize("exercise", EXERCISES, ids=lambda e: e.slug)
+def test_endless_loop_is_stopped(exercise, monkeypatch):
+    monkeypatch.setenv("COURSE_TIME_LIMIT", "1")
+    answer = _endless
+    if isinstance(exercise.reference, type) and issubclass(
+        exercise.reference, torch.autograd.Function
+    ):
+        answer = _function(_endless, None)
+    verdict = judge(exercise.slug, answer)
+    assert verdict.state == "wrong"
+    assert "did not come to an end" in verdict.message

@@ -1,0 +1,417 @@
+"""How one answer is judged, and that nothing it does reaches the learner's kernel."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import random
+import subprocess
+import sys
+import threading
+import time
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+from course_utils.exercises import judge, registry
+from course_utils.exercises.engine import Exercise, Misconception, diagnose, unchanged
+from course_utils.exercises.sandbox import Sandbox
+from course_utils.exercises.sandbox import judge as judge_in
+
+REFERENCE = registry()["unbroadcast"].reference
+
+
+def scale(x: torch.Tensor) -> torch.Tensor:
+    """Twice x."""
+    return 2 * x
+
+
+def _observe(scale, see):
+    for shape in ((4, 3), (2, 5)):
+        with see.probe(f"x of shape {shape}"):
+            x = see.randn(*shape, requires_grad=True)
+            out = see.call("the output", scale, x)
+            see.gradients("the output", out, x=x)
+
+
+TOY = Exercise(
+    slug="scale",
+    chapter=0,
+    title="Scale",
+    minutes=1,
+    difficulty=1,
+    reference=scale,
+    observe=_observe,
+    misconceptions=(Misconception("tripled", lambda x: 3 * x, "You tripled it."),),
+    alternatives=(lambda x: x + x,),
+    hints=("double", "twice"),
+)
+
+
+def told(candidate) -> str:
+    verdict = diagnose(TOY, candidate)
+    assert verdict.state == "wrong"
+    return verdict.message
+
+
+def test_right_answers_in_other_clothes_pass():
+    for answer in (lambda x: x + x, functools.partial(torch.mul, 2), lambda x, extra=1: x.mul(2)):
+        assert diagnose(TOY, answer).state == "passed"
+    assert diagnose(TOY, torch.nn.Sequential(torch.nn.Identity())).state == "wrong"
+
+
+def test_a_known_mistake_is_named_and_another_is_not():
+    verdict = diagnose(TOY, lambda x: x * 3.0)
+    assert verdict.misconception == "tripled"
+    assert verdict.message.startswith("You tripled it.")
+    verdict = diagnose(TOY, lambda x: 3 * x if x.shape[0] == 4 else x)
+    assert verdict.misconception is None, "tripled on one probe only is not that mistake"
+    assert "1.5 times" in verdict.message
+
+
+def test_each_kind_of_wrong_has_its_sentence():
+    assert "is None: is a `return` missing?" in told(lambda x: None)
+    assert "should be Tensor of shape (4, 3), float64, and is 'two'" in told(lambda x: "two")
+    assert "should have shape (4, 3), and has shape (3, 4)" in told(lambda x: 2 * x.T)
+    assert "should have dtype torch.float64, and has dtype torch.float32" in told(
+        lambda x: 2 * x.float()
+    )
+    assert "cut off from the graph" in told(lambda x: 2 * x.detach())
+    assert "the sign is flipped everywhere" in told(lambda x: -2 * x)
+    assert "yours are all zero" in told(lambda x: 0 * x)
+    assert "of them NaN" in told(lambda x: x * torch.nan)
+    assert "+1 off" in told(lambda x: 2 * x + 1)
+    assert "modified its input in place" in told(lambda x: x.data.mul_(2) + 0 * x)
+
+
+def test_values_with_a_wrong_gradient_are_found():
+    message = told(lambda x: x + x.detach())
+    assert "gradient of x (the output)" in message
+    assert "0.5 times" in message
+    assert "Right so far on this probe: the output" in message
+
+
+def test_the_worst_elements_are_listed():
+    def one_wrong(x):
+        out = 2 * x
+        out[1, 2] += 7.0
+        return out
+
+    verdict = diagnose(TOY, one_wrong)
+    assert "1 wrong value out of 12" in verdict.message
+    (place, expected, got) = verdict.details["worst"][0]
+    assert place == (1, 2) and got == pytest.approx(expected + 7)
+
+
+def test_an_exception_is_told_with_line_and_shapes():
+    def broken(x):
+        return x @ x
+
+    verdict = diagnose(TOY, broken)
+    first = verdict.message.splitlines()[0]
+    assert first.startswith("`scale` raised RuntimeError on Tensor of shape (4, 3), float64")
+    assert "`return x @ x`" in first
+    assert verdict.details["error"]["type"] == "RuntimeError"
+
+
+def test_not_written_yet():
+    def stub(x):
+        raise NotImplementedError
+
+    def half_written(x):
+        if x.shape[0] == 2:
+            raise NotImplementedError
+        return 2 * x
+
+    assert diagnose(TOY, stub).state == "not attempted"
+    verdict = diagnose(TOY, half_written)
+    assert verdict.state == "wrong" and "not written yet" in verdict.message
+    verdict = judge("dropout", torch.nn.Module)
+    assert verdict.state == "wrong", "torch's own NotImplementedError is no stub"
+
+
+def test_unchanged_sees_through_comments_and_layout_only():
+    space = {"torch": torch}
+    exec("def f(x):\n    return x + 1", space)
+    one = space["f"]
+    exec("def f(x):\n    # a remark\n    return (x +\n      1)", space)
+    assert unchanged(one, space["f"])
+    exec("def f(x):\n    return x + 2", space)
+    assert not unchanged(one, space["f"])
+    exec("def g(x):\n    return x + 1", space)
+    assert not unchanged(one, space["g"])
+    assert not unchanged(one, 3)
+
+
+# --- what the sandbox keeps away from the kernel -------------------------------------------------
+
+
+def _everything_goes_wrong(grad, shape):
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    torch.set_grad_enabled(False)
+    torch.set_num_threads(2)
+    torch.sum = None
+    random.seed(0)
+    np.random.seed(0)
+    os.chdir("/")
+    os.environ["COURSE_HOME"] = "/nowhere"
+    sys.path.clear()
+    warnings.simplefilter("error")
+    sys.setrecursionlimit(90)
+    threading.Thread(target=lambda: [time.sleep(1) for _ in range(100)]).start()
+    return REFERENCE(grad, shape)
+
+
+def _state():
+    return (
+        torch.get_rng_state().sum().item(),
+        torch.get_default_dtype(),
+        torch.is_grad_enabled(),
+        torch.get_num_threads(),
+        torch.sum is not None,
+        hash(random.getstate()),
+        np.random.get_state()[1].sum(),
+        os.getcwd(),
+        os.environ.get("COURSE_HOME"),
+        len(sys.path),
+        len(warnings.filters),
+        sys.getrecursionlimit(),
+        threading.active_count(),
+    )
+
+
+def test_no_state_leaks_into_the_kernel():
+    judge("unbroadcast", REFERENCE)  # the worker's reader thread exists from here on
+    before = _state()
+    assert judge("unbroadcast", _everything_goes_wrong).state == "passed"
+    assert _state() == before
+    assert judge("unbroadcast", REFERENCE).state == "passed", "nor into the next judgement"
+
+
+def _exits(grad, shape):
+    os._exit(0)
+
+
+def _kills_itself(grad, shape):
+    os.kill(os.getpid(), 9)
+
+
+def _crashes(grad, shape):
+    import ctypes
+
+    ctypes.string_at(0)
+
+
+def _exits_politely(grad, shape):
+    sys.exit("done")
+
+
+def _recurses(grad, shape):
+    return _recurses(grad, shape)
+
+
+def _recurses_below_python(grad, shape):
+    sys.setrecursionlimit(10**8)
+    return _recurses(grad, shape)
+
+
+def _interrupts(grad, shape):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("answer", "sentence"),
+    [
+        (_exits, "ended its Python process"),
+        (_kills_itself, "SIGKILL"),
+        (_crashes, "SIGSEGV"),
+        (_exits_politely, "sys.exit()"),
+        (_recurses, "calls itself without end"),
+        (_recurses_below_python, "`unbroadcast`"),
+        (_interrupts, "KeyboardInterrupt"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+@pytest.mark.skipif(sys.platform != "linux", reason="answers are forked on Linux only")
+def test_an_answer_that_ends_its_process_gets_a_sentence(answer, sentence):
+    verdict = judge("unbroadcast", answer)
+    assert verdict.state == "wrong"
+    assert sentence in verdict.message.splitlines()[0]
+
+
+def _python_loop(grad, shape):
+    while True:
+        pass
+
+
+def _loop_below_python(grad, shape):
+    return sum(itertools.count())
+
+
+def _loop_that_swallows(grad, shape):
+    while True:
+        try:
+            time.sleep(0.01)
+        except BaseException:
+            pass
+
+
+@pytest.mark.parametrize("answer", [_python_loop, _loop_below_python, _loop_that_swallows])
+def test_an_endless_loop_is_stopped(answer, monkeypatch):
+    monkeypatch.setenv("COURSE_TIME_LIMIT", "1")
+    start = time.monotonic()
+    verdict = judge("unbroadcast", answer)
+    assert "did not come to an end within 1 seconds" in verdict.message
+    assert time.monotonic() - start < 5
+    assert judge("unbroadcast", REFERENCE).state == "passed"
+
+
+def test_a_bad_time_limit_is_told(monkeypatch, capsys):
+    monkeypatch.setenv("COURSE_TIME_LIMIT", "soon")
+    assert judge("unbroadcast", REFERENCE).state == "passed"
+    assert "COURSE_TIME_LIMIT is 'soon'" in capsys.readouterr().out
+
+
+def _floods(grad, shape):
+    for number in range(300_000):
+        print(number)
+    os.write(1, b"below Python\n")
+    return REFERENCE(grad, shape)
+
+
+def test_output_is_kept_short(capfd):
+    verdict = judge("unbroadcast", _floods)
+    assert verdict.state == "passed"
+    assert verdict.details["printed"].startswith("0\n1\n2\n")
+    assert len(verdict.details["printed"]) <= 2_000
+    assert verdict.details["characters"] > 1_000_000
+    assert capfd.readouterr().out == ""
+
+
+LOCK = threading.Lock()
+
+
+@functools.lru_cache
+def _cached(grad, shape):
+    return REFERENCE(grad, shape)
+
+
+def test_answers_that_cannot_be_sent_are_judged_too(monkeypatch):
+    lock = LOCK
+
+    def holds_a_lock(grad, shape):
+        with lock:
+            return REFERENCE(grad, shape)
+
+    def loops_with_a_lock(grad, shape):
+        with lock:
+            while True:
+                pass
+
+    assert judge("unbroadcast", holds_a_lock).state == "passed"
+    assert judge("unbroadcast", _cached).state == "passed"
+    assert judge("unbroadcast", torch.jit.script(_scripted)).state == "wrong"
+    monkeypatch.setenv("COURSE_TIME_LIMIT", "1")
+    assert "did not come to an end" in judge("unbroadcast", loops_with_a_lock).message
+
+
+def _scripted(grad: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    return grad
+
+
+def test_answers_may_use_what_stands_beside_them():
+    """Helpers and globals of the learner's notebook travel along."""
+    space = {"torch": torch, "axis": 0}
+    exec(
+        "def helper(g): return g.sum(axis)\n"
+        "class AddBias(torch.autograd.Function):\n"
+        "    @staticmethod\n"
+        "    def forward(ctx, x, bias): return x + bias\n"
+        "    @staticmethod\n"
+        "    def backward(ctx, g):\n"
+        "        while g.dim() > 1: g, kept = helper(g), (g if 'kept' not in dir() else kept)\n"
+        "        return (kept if 'kept' in dir() else g), g\n",
+        space,
+    )
+    assert judge("add_bias", space["AddBias"]).state == "passed"
+
+
+def test_an_interrupt_leaves_a_working_judge(monkeypatch):
+    """What 'interrupt kernel' does in the middle of a check."""
+    import _thread
+
+    monkeypatch.setenv("COURSE_TIME_LIMIT", "30")
+    judge("unbroadcast", REFERENCE)
+    threading.Timer(1.0, _thread.interrupt_main).start()
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        judge("unbroadcast", _python_loop)
+    assert time.monotonic() - start < 10
+    assert judge("unbroadcast", REFERENCE).state == "passed"
+
+
+def test_without_fork_a_lost_worker_is_replaced(monkeypatch):
+    """The way of macOS and Windows."""
+    sandbox = Sandbox(fork=False)
+    exercise = registry()["unbroadcast"]
+    try:
+        assert judge_in(exercise, REFERENCE, sandbox).state == "passed"
+        assert judge_in(exercise, _everything_but_patches, sandbox).state == "passed"
+        monkeypatch.setenv("COURSE_TIME_LIMIT", "1")
+        assert "did not come to an end" in judge_in(exercise, _python_loop, sandbox).message
+        monkeypatch.delenv("COURSE_TIME_LIMIT")
+        assert judge_in(exercise, REFERENCE, sandbox).state == "passed"
+        assert "ended its Python process" in judge_in(exercise, _exits, sandbox).message
+        assert judge_in(exercise, REFERENCE, sandbox).state == "passed"
+    finally:
+        sandbox.stop()
+
+
+def _everything_but_patches(grad, shape):
+    torch.set_default_dtype(torch.float16)
+    torch.set_grad_enabled(False)
+    os.chdir("/")
+    return REFERENCE(grad, shape)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_worker_ends_with_its_kernel():
+    code = (
+        "import os; from course_utils.exercises import judge, registry\n"
+        "judge('unbroadcast', registry()['unbroadcast'].reference)\n"
+        "from course_utils.exercises.sandbox import SANDBOX\n"
+        "print(SANDBOX.process.pid, flush=True)\n"
+        "os.kill(os.getpid(), 9)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    pid = int(done.stdout.split()[-1])
+    for _ in range(100):
+        if not os.path.exists(f"/proc/{pid}"):
+            return
+        time.sleep(0.1)
+    os.kill(pid, 9)
+    pytest.fail("the worker outlived its kernel by ten seconds")
+
+
+def test_unknown_slug():
+    with pytest.raises(KeyError, match="did you mean .*add_bias"):
+        judge("addbias", REFERENCE)
+
+
+def test_import_is_light():
+    code = (
+        "import sys, time; start = time.perf_counter(); import course_utils\n"
+        "took = time.perf_counter() - start\n"
+        "heavy = {'torch', 'numpy', 'IPython', 'matplotlib', 'torchvision'} & set(sys.modules)\n"
+        "print(took, *heavy)"
+    )
+    runs = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split()
+        for _ in range(3)
+    ]
+    assert all(len(run) == 1 for run in runs), runs
+    assert min(float(run[0]) for run in runs) < 0.05
