@@ -323,17 +323,28 @@ class _EndProbe(Exception):
     """Leaves a probe whose last observation was of the wrong kind."""
 
 
+class _Unlike(Exception):
+    """Leaves the observing of a misconception that is not the one looked for."""
+
+
 class Observer:
     """`see`: what an exercise's `observe` function records with.
 
     Args:
         expected: the reference's observations, which tell when a probe must stop; None while the
             reference itself is observed.
+        like: observations to find again; the first probe that shows others raises _Unlike.
     """
 
-    def __init__(self, exercise: Exercise, expected: Observations | None = None) -> None:
+    def __init__(
+        self,
+        exercise: Exercise,
+        expected: Observations | None = None,
+        like: Observations | None = None,
+    ) -> None:
         self.exercise = exercise
         self.expected = expected
+        self.like = like
         self.seen: Observations = {}
         self.generator = torch.Generator()
         self._probe = ""
@@ -359,6 +370,10 @@ class Observer:
             raise
         except BaseException as error:  # sys.exit() and the like are observations too
             self.seen[name]["raised"] = _raised(error, self._arguments)
+        if self.like is not None:
+            pair = {name: self.like.get(name, {})}, {name: self.seen[name]}
+            if not same_behaviour(*pair, self.exercise.rtol, self.exercise.atol):
+                raise _Unlike
 
     def __call__(self, label: str, value: Any) -> Any:
         """Records `value` under `label`, and ends the probe if it is of the wrong kind."""
@@ -506,6 +521,17 @@ def observe(exercise: Exercise, implementation: Any, expected: Observations | No
     return see.seen
 
 
+def _behaves_like(exercise: Exercise, implementation: Any, expected, seen: Observations) -> bool:
+    """Whether `implementation` does on all probes what was seen; stops at the first that differs."""
+    see = Observer(exercise, expected, like=seen)
+    try:
+        with kept_state():
+            exercise.observe(implementation, see)
+    except _Unlike:
+        return False
+    return see.seen.keys() == seen.keys()
+
+
 def first_difference(expected: Observations, got: Observations, rtol: float, atol: float):
     """(probe, label, expected, got, Difference or Raised) where they first differ, or None."""
     for probe, wanted in expected.items():
@@ -623,8 +649,7 @@ def diagnose(exercise: Exercise, candidate: Any) -> Verdict:
         return Verdict(NOT_ATTEMPTED, text)
     text, details = _explain(exercise, found, seen)
     for misconception in exercise.misconceptions:
-        behaviour = observe(exercise, misconception.implementation, expected)
-        if same_behaviour(behaviour, seen, rtol, atol):
+        if _behaves_like(exercise, misconception.implementation, expected, seen):
             text = f"{misconception.message}\n{text}"
             return Verdict(WRONG, text, misconception.slug, details)
     return Verdict(WRONG, text, None, details)

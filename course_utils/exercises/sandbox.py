@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -62,6 +63,7 @@ class Sandbox:
         self.replies: queue.Queue = queue.Queue()
         self.owner = 0
         self.ready = False
+        self.failure = ""  # why the worker could not start, in its own words
 
     def start(self) -> None:
         """Starts the worker without waiting until it is ready."""
@@ -107,31 +109,38 @@ class Sandbox:
             self.start()
             try:
                 if not self.ready:
-                    self._next(START_LIMIT)
+                    self.failure = self._next(START_LIMIT)
+                    if self.failure:
+                        raise _Gone("start")
                     self.ready = True
                 send(self.process.stdin, request)
                 return self._next(request["limit"] + (5.0 if self.fork else 0.0))
             except (_Gone, OSError) as gone:
                 self.stop()
                 problem = gone.args[0] if isinstance(gone, _Gone) and self.ready else "start"
-                return {"problem": problem, "signal": 0}
+                return {"problem": problem, "signal": 0, "text": self.failure}
             except BaseException:  # an interrupt: the reply on its way is nobody's
                 self.stop()
                 raise
 
     def _next(self, seconds: float):
-        try:
-            reply = self.replies.get(timeout=seconds)
-        except queue.Empty:
-            raise _Gone("time") from None
-        if reply is None:
-            raise _Gone("died")
-        return reply
+        end = time.monotonic() + seconds
+        while True:
+            try:
+                # In slices: an interrupt does not end a long wait on every platform.
+                reply = self.replies.get(timeout=0.2)
+            except queue.Empty:
+                if time.monotonic() > end:
+                    raise _Gone("time") from None
+            else:
+                if reply is None:
+                    raise _Gone("died")
+                return reply
 
 
 def _path() -> list[str]:
     """Where the worker finds the same packages, this one first of all."""
-    return [str(Path(__file__).resolve().parents[2]), *(p or os.getcwd() for p in sys.path)]
+    return [str(Path(__file__).resolve().parents[2]), *(str(p) or os.getcwd() for p in sys.path)]
 
 
 def _read(stream, replies: queue.Queue) -> None:
@@ -190,8 +199,9 @@ def _verdict(exercise: Exercise, reply: dict, limit: float) -> Verdict:
         )
         text += "look for a loop whose condition never becomes false."
     elif problem == "start":
-        text = f"`{exercise.name}` could not be judged: the checking process did not start. "
-        text += "Free some memory and check again; your answer is not lost."
+        text = f"`{exercise.name}` could not be judged: the checking process did not start "
+        text += f"({reply['text'] or 'no reason given'}). Your answer is not lost: check again, "
+        text += "after `make env` if the reason is a missing package."
     elif reply.get("signal"):
         name = signal.Signals(reply["signal"]).name
         text = f"`{exercise.name}` ended the checking process ({name}): it used up the memory or "

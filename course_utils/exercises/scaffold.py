@@ -39,8 +39,13 @@ def {name}(x: torch.Tensor) -> torch.Tensor:
 '''
 
 
+WORDS = ("LoRA", "AdamW")  # words of the field whose capitals do not begin new ones
+
+
 def slug_of(name: str) -> str:
-    """AddBias → add_bias, BatchNorm1d → batch_norm_1d, MLP → mlp, RoundSTE → round_ste."""
+    """AddBias → add_bias, BatchNorm1d → batch_norm_1d, MLP → mlp, LoRALinear → lora_linear."""
+    for word in WORDS:
+        name = name.replace(word, word.capitalize())
     text = re.sub(r"([a-z])([A-Z])|([A-Z])([A-Z][a-z])", r"\1\3_\2\4", name)
     return re.sub(r"([a-zA-Z])(\d)", r"\1_\2", text).lower()
 

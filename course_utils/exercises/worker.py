@@ -159,8 +159,12 @@ def main(fork: bool) -> None:
         os.dup2(nothing, stream)
     if hasattr(signal, "SIGINT"):
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # "interrupt kernel" is for the parent
-    _import_all()
-    send(replies, "ready")
+    try:
+        _import_all()
+    except Exception as error:
+        send(replies, f"{type(error).__name__}: {error}")
+        return
+    send(replies, "")
     while True:
         try:
             request = receive(requests)
