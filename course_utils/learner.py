@@ -20,13 +20,13 @@ class NotPassed(AssertionError):
     """Raised by `check` under COURSE_STRICT=1 for anything but a right answer."""
 
 
-def setup(**options: Any):
+def setup(*args: Any, **options: Any):
     """Prepares the notebook (see `runtime.setup`) and, meanwhile, the process for checks."""
     from . import runtime
     from .exercises.sandbox import SANDBOX
 
     SANDBOX.start()
-    return runtime.setup(**options)
+    return runtime.setup(*args, **options)
 
 
 def check(slug: str, candidate: Any) -> Any:

@@ -238,7 +238,8 @@ def _interrupts(grad, shape):
     ids=lambda value: getattr(value, "__name__", ""),
 )
 @pytest.mark.skipif(sys.platform != "linux", reason="answers are forked on Linux only")
-def test_an_answer_that_ends_its_process_gets_a_sentence(answer, sentence):
+def test_an_answer_that_ends_its_process_gets_a_sentence(answer, sentence, monkeypatch):
+    monkeypatch.setenv("COURSE_TIME_LIMIT", "3")
     verdict = judge("unbroadcast", answer)
     assert verdict.state == "wrong"
     assert sentence in verdict.message.splitlines()[0]
@@ -326,16 +327,16 @@ def _scripted(grad: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
 
 def test_answers_may_use_what_stands_beside_them():
     """Helpers and globals of the learner's notebook travel along."""
-    space = {"torch": torch, "axis": 0}
+    space = {"torch": torch, "features": -1}
     exec(
-        "def helper(g): return g.sum(axis)\n"
+        "def total(g): return g.reshape(-1, g.shape[features]).sum(0)\n"
         "class AddBias(torch.autograd.Function):\n"
         "    @staticmethod\n"
         "    def forward(ctx, x, bias): return x + bias\n"
         "    @staticmethod\n"
         "    def backward(ctx, g):\n"
-        "        while g.dim() > 1: g, kept = helper(g), (g if 'kept' not in dir() else kept)\n"
-        "        return (kept if 'kept' in dir() else g), g\n",
+        "        need_x, need_bias = ctx.needs_input_grad\n"
+        "        return g if need_x else None, total(g) if need_bias else None\n",
         space,
     )
     assert judge("add_bias", space["AddBias"]).state == "passed"

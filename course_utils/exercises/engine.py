@@ -212,7 +212,7 @@ def compare(expected: Any, got: Any, rtol: float, atol: float) -> Difference | N
         if isinstance(got, bool):
             return Difference("value", f"should be {expected}, and is {got}")
     elif isinstance(expected, number) and isinstance(got, number):
-        pair = (torch.tensor(expected, dtype=torch.float64), torch.tensor(float(got)).double())
+        pair = [torch.tensor(float(number), dtype=torch.float64) for number in (expected, got)]
         if torch.allclose(pair[1], pair[0], rtol=rtol, atol=atol, equal_nan=True):
             return None
         return Difference("value", f"should be {expected:.6g}, and is {got:.6g}")
