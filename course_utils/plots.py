@@ -1,0 +1,546 @@
+"""Every figure of every chapter: one style, colours that colour-blind readers can tell apart.
+
+Each function draws one figure, shows it and returns None. `caption` says what to look at, `alt`
+says the figure in words for a reader who cannot see it; both are shown as text that does not depend
+on the version of matplotlib, so keep numbers that differ between machines out of them.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import html
+import io
+import itertools
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import matplotlib
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+# Okabe and Ito, "Color Universal Design" (2008), https://jfly.uni-koeln.de/color/
+# in an order in which neighbours differ in lightness too.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000", "#F0E442")
+BLUE, ORANGE, GREEN, PURPLE, VERMILION = COLOURS[:5]
+GREY = "#9A9A9A"
+MARKERS = "osD^vPX*"  # a second way, beside the colour, to tell lines apart
+WIDTH, HEIGHT = 6.0, 3.0  # inches, the most a figure takes
+STYLE = {
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 9,
+    "figure.constrained_layout.use": True,
+    "figure.dpi": 80,
+    "figure.facecolor": "white",  # readable on JupyterLab's dark theme too
+    "figure.figsize": (WIDTH, HEIGHT),
+    "font.size": 9,
+    "grid.color": "#E5E5E5",
+    "image.cmap": "gray_r",  # ink is dark
+    "image.interpolation": "nearest",
+    "legend.frameon": False,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 4,
+    "savefig.dpi": 80,
+}
+
+
+def use_style() -> None:
+    """Give the reader's own plots the style of the course's figures."""
+    matplotlib.rcParams.update(STYLE)
+
+
+def show(fig: Figure, *, caption: str, alt: str) -> None:
+    """Show a figure as PNG, then its caption "Look at: …" with the figure in words folded under.
+
+    The words also stand in the PNG's metadata, from which nbconvert's classic template makes
+    `<img alt>`; JupyterLab 4.6 makes none, which is why the caption carries them. Raises ValueError
+    where `caption` or `alt` is empty.
+    """
+    for name, text in (("caption", caption), ("alt", alt)):
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(
+                f"A figure needs {name}= in words, but got {text!r}: "
+                "caption says what to look at, alt says what the figure shows."
+            )
+    from IPython import get_ipython
+    from IPython.display import display
+
+    png = _png(fig)
+    if "matplotlib.pyplot" in sys.modules:
+        sys.modules["matplotlib.pyplot"].close(fig)  # else the inline backend shows it once more
+    if get_ipython() is None:
+        print(f"Figure: {alt}\nLook at: {caption}")
+        return
+    display(
+        {"image/png": base64.b64encode(png).decode(), "text/plain": f"Figure: {alt}"},
+        metadata={"image/png": {"alt": alt}},
+        raw=True,
+    )
+    display(
+        {
+            "text/html": f"<details><summary>Look at: {html.escape(caption)}</summary>"
+            f"Figure: {html.escape(alt)}</details>",
+            "text/plain": f"Look at: {caption}",
+        },
+        raw=True,
+    )
+
+
+def _png(fig: Figure) -> bytes:
+    """The figure as a PNG of at most 128 colours, a third of the size of one in full colour."""
+    from PIL import Image
+
+    fig.set_dpi(STYLE["savefig.dpi"])
+    canvas = FigureCanvasAgg(fig)
+    canvas.draw()
+    size = canvas.get_width_height()
+    image = Image.frombuffer("RGBA", size, canvas.buffer_rgba(), "raw", "RGBA", 0, 1).convert("RGB")
+    file = io.BytesIO()
+    image.quantize(128).save(file, format="PNG", optimize=True)
+    return file.getvalue()
+
+
+def _styled(function: Callable) -> Callable:
+    """Draw in the course's style whatever the reader has set, and leave that as it is."""
+
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        with matplotlib.rc_context(STYLE):
+            return function(*args, **kwargs)
+
+    return wrapper
+
+
+def _numbers(values):
+    """A tensor, on whatever device and with whatever graph, or a sequence, as a NumPy array."""
+    import numpy as np
+
+    return np.asarray(values.detach().cpu() if hasattr(values, "detach") else values, dtype=float)
+
+
+@_styled
+def lines(
+    series: Mapping,
+    xlabel: str,
+    ylabel: str,
+    *,
+    caption: str,
+    alt: str,
+    logx: bool = False,
+    logy: bool = False,
+    highlight: str | Sequence[str] | None = None,
+    markers: bool = False,
+    hlines: Mapping[str, float] | None = None,
+    vlines: Mapping[str, float] | None = None,
+    ylim: tuple[float, float] | None = None,
+) -> None:
+    """Curves over a common x axis.
+
+    `series` maps each label to y, to (x, y) or to (x, y, spread), each of shape (n,); the spread is
+    drawn as a band y ± spread, and without x the points are counted from 1. A mapping of such
+    mappings {title: series} gives panels side by side with one y axis. `highlight` names the labels
+    to draw in colour, the others turn grey; `hlines` and `vlines` map labels to dashed levels.
+    """
+    nested = all(isinstance(value, Mapping) for value in series.values())
+    panels = series if nested else {"": series}
+    shared = nested and len({tuple(curves) for curves in panels.values()}) == 1  # one legend
+    fig = Figure()
+    axes = fig.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    chosen = [highlight] if isinstance(highlight, str) else highlight
+    for ax, (title, curves) in zip(axes, panels.items(), strict=True):
+        colours = itertools.cycle(COLOURS)
+        for i, (label, curve) in enumerate(curves.items()):
+            x, y, spread = _curve(label, curve)
+            in_front = chosen is None or label in chosen
+            colour = next(colours) if in_front else GREY
+            marker = MARKERS[i % len(MARKERS)] if markers or len(y) == 1 else None
+            ax.plot(x, y, label=label, color=colour, marker=marker, zorder=2 + in_front)
+            if spread is not None:
+                ax.fill_between(x, y - spread, y + spread, color=colour, alpha=0.2, linewidth=0)
+        for label, level in (hlines or {}).items():
+            ax.axhline(level, color="black", linestyle="--", linewidth=1)
+            ax.annotate(label, (1, level), (-2, 2), xycoords=("axes fraction", "data"),
+                        textcoords="offset points", ha="right", va="bottom")  # fmt: skip
+        for label, level in (vlines or {}).items():
+            ax.axvline(level, color="black", linestyle=":", linewidth=1)
+            ax.annotate(label, (level, 1), (0, 1), xycoords=("data", "axes fraction"),
+                        textcoords="offset points", ha="center", va="bottom")  # fmt: skip
+        ax.set(title=title, xlabel=xlabel, xscale="log" if logx else "linear")
+        ax.set(yscale="log" if logy else "linear", **({"ylim": ylim} if ylim else {}))
+        if not logx and all(not isinstance(curve, tuple) for curve in curves.values()):
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True))  # epochs are counted
+        if len(curves) > 1 and not shared:
+            ax.legend()
+    if shared:
+        fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    axes[0].set_ylabel(ylabel)
+    show(fig, caption=caption, alt=alt)
+
+
+def _curve(label: str, curve):
+    """x, y and spread (or None) of one entry of `lines`."""
+    parts = curve if isinstance(curve, tuple) else (None, curve)
+    if len(parts) not in (2, 3):
+        raise ValueError(
+            f"The curve {label!r} has {len(parts)} parts: give y, (x, y) or (x, y, spread)."
+        )
+    y = _numbers(parts[1])
+    x = _numbers(parts[0]) if parts[0] is not None else _numbers(range(1, len(y) + 1))
+    if x.shape != y.shape or y.ndim != 1:
+        raise ValueError(
+            f"The curve {label!r} has x of shape {x.shape} and y of shape {y.shape}: "
+            "both must have the same shape (n,)."
+        )
+    return x, y, _numbers(parts[2]) if len(parts) == 3 else None
+
+
+@_styled
+def bars(
+    values: Mapping[str, float],
+    xlabel: str,
+    *,
+    caption: str,
+    alt: str,
+    errors: Mapping[str, float] | None = None,
+    highlight: str | Sequence[str] | None = None,
+    logx: bool = False,
+    fmt: str = "{:.3g}",
+    vline: Mapping[str, float] | None = None,
+) -> None:
+    """Horizontal bars, the first on top, each with its number beside it.
+
+    `errors` maps labels to the half length of a whisker; `vline` maps a label to a dashed level.
+    """
+    numbers = {label: float(value) for label, value in values.items()}
+    chosen = [highlight] if isinstance(highlight, str) else highlight
+    fig = Figure(figsize=(WIDTH, min(HEIGHT, 0.8 + 0.3 * len(numbers))))
+    ax = fig.subplots()
+    drawn = ax.barh(
+        list(numbers),
+        list(numbers.values()),
+        xerr=[float((errors or {}).get(label, 0)) for label in numbers] if errors else None,
+        color=[BLUE if chosen is None or label in chosen else GREY for label in numbers],
+        log=logx,
+    )
+    ax.bar_label(drawn, [fmt.format(value) for value in numbers.values()], padding=3)
+    for label, level in (vline or {}).items():
+        ax.axvline(level, color="black", linestyle="--", linewidth=1)
+        ax.annotate(label, (level, 1), (3, 1), xycoords=("data", "axes fraction"),
+                    textcoords="offset points", va="bottom")  # fmt: skip
+    ax.invert_yaxis()
+    ax.margins(x=0.12)
+    ax.grid(visible=False, axis="y")
+    ax.set_xlabel(xlabel)
+    show(fig, caption=caption, alt=alt)
+
+
+@_styled
+def image_grid(
+    images,
+    titles: Sequence[str] | None = None,
+    *,
+    columns: int = 8,
+    wrong: Sequence[bool] | None = None,
+    caption: str,
+    alt: str,
+) -> None:
+    """Small grey images (n, height, width), 0 is paper; one scale for all of them.
+
+    `titles` has n strings; those where `wrong` is true are set in vermilion with a cross.
+    """
+    pixels = _numbers(images)
+    if pixels.ndim != 3:
+        raise ValueError(f"images has the shape {pixels.shape}: give (n, height, width).")
+    if titles is not None and len(titles) != len(pixels):
+        raise ValueError(f"There are {len(pixels)} images and {len(titles)} titles.")
+    rows = math.ceil(len(pixels) / columns)
+    cell = min(WIDTH / columns, HEIGHT / rows)
+    fig = Figure(figsize=(cell * columns, cell * rows))
+    low, high = pixels.min(), pixels.max()
+    for i, ax in enumerate(fig.subplots(rows, columns, squeeze=False).flat):
+        ax.set_axis_off()
+        if i < len(pixels):
+            ax.imshow(pixels[i], vmin=low, vmax=high)
+            if titles is not None:
+                cross = wrong is not None and bool(wrong[i])
+                ax.set_title(f"{titles[i]}{' ✗' if cross else ''}", fontsize=8, pad=2,
+                             color=VERMILION if cross else "black")  # fmt: skip
+    fig.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.05, hspace=0.05)
+    show(fig, caption=caption, alt=alt)
+
+
+@_styled
+def histograms(
+    series: Mapping,
+    xlabel: str,
+    *,
+    caption: str,
+    alt: str,
+    bins: int = 40,
+    logy: bool = False,
+    columns: int = 4,
+) -> None:
+    """One small histogram for each {title: tensor of any shape}, all over the same x axis.
+
+    Each panel says the mean and the standard deviation of its values.
+    """
+    values = {title: _numbers(value).ravel() for title, value in series.items()}
+    low = min(value.min() for value in values.values())
+    high = max(value.max() for value in values.values())
+    columns = min(columns, len(values))
+    rows = math.ceil(len(values) / columns)
+    fig = Figure(figsize=(WIDTH, min(HEIGHT, 0.6 + 1.3 * rows)))
+    axes = fig.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    for i, ax in enumerate(axes.flat):
+        if i >= len(values):
+            ax.set_axis_off()
+            continue
+        title, value = list(values.items())[i]
+        ax.hist(value, bins=bins, range=(low, high), color=BLUE, log=logy)
+        ax.set_title(f"{title}\n{value.mean():.2g} ± {value.std():.2g}", fontsize=8)
+        ax.grid(visible=False)
+    fig.supxlabel(f"{xlabel}  (above each: mean ± standard deviation)", fontsize=9)
+    fig.supylabel("count", fontsize=9)
+    show(fig, caption=caption, alt=alt)
+
+
+@_styled
+def heatmap(
+    matrix,
+    xlabel: str,
+    ylabel: str,
+    *,
+    caption: str,
+    alt: str,
+    xticks: Sequence | None = None,
+    yticks: Sequence | None = None,
+    fmt: str | None = None,
+    colourbar: str = "value",
+    diverging: bool = False,
+) -> None:
+    """A matrix (rows, columns) as colours, dark is large; `fmt` ("{:.2f}") writes the numbers too.
+
+    `diverging` takes a scale around 0, violet below it and orange above. `colourbar` names the
+    quantity and its unit.
+    """
+    cells = _numbers(matrix)
+    if cells.ndim != 2:
+        raise ValueError(f"matrix has the shape {cells.shape}: give (rows, columns).")
+    bound = abs(cells).max() if diverging else None
+    fig = Figure(figsize=(min(WIDTH, 1.8 + HEIGHT * cells.shape[1] / cells.shape[0]), HEIGHT))
+    ax = fig.subplots()
+    image = ax.imshow(
+        cells,
+        cmap="PuOr_r" if diverging else "Blues",
+        vmin=-bound if diverging else None,
+        vmax=bound,
+        aspect="auto",
+    )
+    for axis, ticks in ((ax.xaxis, xticks), (ax.yaxis, yticks)):
+        if ticks is not None:
+            axis.set_ticks(range(len(ticks)), [str(tick) for tick in ticks])
+        else:
+            axis.set_major_locator(MaxNLocator(integer=True))
+    if fmt is not None:
+        _write_numbers(ax, image, cells, fmt)
+    ax.grid(visible=False)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    fig.colorbar(image, label=colourbar)
+    show(fig, caption=caption, alt=alt)
+
+
+@_styled
+def confusion_matrix(matrix, classes: Sequence | None = None, *, caption: str, alt: str) -> None:
+    """Counts (classes, classes): row is the true class, column the predicted one.
+
+    Only the mistakes are coloured: the diagonal would outshine them. Zeros are left out.
+    """
+    counts = _numbers(matrix)
+    if counts.ndim != 2 or counts.shape[0] != counts.shape[1]:
+        raise ValueError(f"matrix has the shape {counts.shape}: give (classes, classes).")
+    mistakes = counts.copy()
+    mistakes[range(len(counts)), range(len(counts))] = 0
+    fig = Figure(figsize=(4.2, HEIGHT))
+    ax = fig.subplots()
+    image = ax.imshow(mistakes, cmap="Oranges", vmin=0, vmax=max(1, mistakes.max()), aspect="auto")
+    _write_numbers(ax, image, counts, "{:.0f}", colours=mistakes)
+    names = [str(name) for name in (classes if classes is not None else range(len(counts)))]
+    ax.set_xticks(range(len(counts)), names)
+    ax.set_yticks(range(len(counts)), names)
+    ax.grid(visible=False)
+    ax.set(xlabel="predicted class", ylabel="true class")
+    fig.colorbar(image, label="mistakes (number of examples)", ticks=MaxNLocator(5, integer=True))
+    show(fig, caption=caption, alt=alt)
+
+
+def _write_numbers(ax, image, cells, fmt: str, colours=None) -> None:
+    """Write each number in its cell, white on dark colours; a bare "0" is left out."""
+    colours = cells if colours is None else colours
+    for row in range(cells.shape[0]):
+        for column in range(cells.shape[1]):
+            text = fmt.format(cells[row, column])
+            if text == "0":
+                continue
+            red, green, blue, _ = image.cmap(image.norm(colours[row, column]))
+            dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
+            ax.text(column, row, text, ha="center", va="center", fontsize=7,
+                    color="white" if dark else "black")  # fmt: skip
+
+
+@_styled
+def graph(
+    tensor: torch.Tensor,
+    params: nn.Module | Mapping[str, torch.Tensor] | None = None,
+    *,
+    caption: str,
+    alt: str | None = None,
+) -> None:
+    """The graph that autograd recorded for `tensor`, read from `grad_fn` and `next_functions`.
+
+    Each box is a backward function, each arrow a gradient handed on; an orange box is a leaf, in
+    whose `.grad` the gradient is accumulated. `params` names the leaves. With alt=None the edges
+    are told in words. Raises ValueError where there is no graph, or more than 40 nodes.
+    """
+    labels, edges = graph_edges(tensor, params)
+    depth = _depths(len(labels), edges)
+    hops = _hops(edges, depth)  # from here on depth has the turning points of long edges too
+    layers = [[i for i in range(len(depth)) if depth[i] == d] for d in range(max(depth) + 1)]
+    place = _places(layers, hops, len(labels))
+    widest = max(_width(layer, len(labels)) for layer in layers)
+    height = max(min(HEIGHT, 0.65 * len(layers)), 0.42 * len(layers))
+    fig = Figure(figsize=(min(WIDTH, max(3.0, 1.4 * widest)), height), layout="none")
+    canvas = FigureCanvasAgg(fig)
+    ax = fig.add_axes((0, 0, 1, 1))
+    ax.set_axis_off()
+    ax.set(xlim=(0, 1), ylim=(len(layers) - 0.5, -0.5))
+    for i, label in enumerate(labels):
+        leaf = label.startswith("AccumulateGrad")
+        ax.text(
+            *place[i], label, ha="center", va="center", zorder=3, linespacing=1.1,
+            fontsize=8 if widest <= 4.5 else max(5, 36 / widest),
+            bbox={"boxstyle": "round", "facecolor": "#FBE3B5" if leaf else "white",
+                  "edgecolor": "black", "linewidth": 1.8 if i == 0 else 0.8},
+        )  # fmt: skip
+    canvas.draw()  # now the boxes have a size, and arrows can end at their rims
+    boxes = dict(enumerate(text.get_bbox_patch() for text in ax.texts))
+
+    def at(node: int, aside: float) -> tuple[float, float]:
+        """A long edge passes a layer upright, from 0.35 above its middle to 0.35 below."""
+        x, y = place[node]
+        return (x, y) if node in boxes else (x, y + aside)
+
+    for node in range(len(labels), len(depth)):
+        ax.plot(*zip(at(node, -0.35), at(node, 0.35), strict=True), color="black", linewidth=1)
+    for n, (start, end) in enumerate(hops):
+        # x * x hands two gradients to x: side by side, both are seen
+        bend = 0.4 * (hops[:n].count((start, end)) - (hops.count((start, end)) - 1) / 2)
+        ax.annotate(
+            "", at(end, -0.35), at(start, 0.35), zorder=2,
+            arrowprops={"arrowstyle": "-|>" if end in boxes else "-", "color": "black",
+                        "patchA": boxes.get(start), "patchB": boxes.get(end),
+                        "connectionstyle": f"arc3,rad={bend}", "shrinkA": 0, "shrinkB": 0},
+        )  # fmt: skip
+    if alt is None:
+        names = [label.replace("\n", " ") for label in labels]
+        alt = "; ".join(f"{names[start]} → {names[end]}" for start, end in edges)
+        alt = f"the backward graph from {names[0]}: {alt or 'no further nodes'}."
+    show(fig, caption=caption, alt=alt)
+
+
+def graph_edges(
+    tensor: torch.Tensor, params: nn.Module | Mapping[str, torch.Tensor] | None = None
+) -> tuple[list[str], list[tuple[int, int]]]:
+    """The nodes' labels, the root's first, and the edges (from, to) between their positions."""
+    root = getattr(tensor, "grad_fn", None)
+    if root is None:
+        raise ValueError(
+            "This tensor has no grad_fn, so there is no graph to draw: it is a leaf, or it was "
+            "computed under no_grad() or from tensors that need no gradient."
+        )
+    named = params.named_parameters() if hasattr(params, "named_parameters") else params or {}
+    names = {id(leaf): name for name, leaf in dict(named).items()}
+    nodes, labels, edges = [root], [], []
+    number = {root: 0}  # holds the nodes, so that Python gives no two of them the same id
+    for node in nodes:  # grows while it is gone through
+        labels.append(_label(node, names))
+        for following, _ in node.next_functions:
+            if following is None:  # an input that needs no gradient
+                continue
+            if following not in number:
+                number[following] = len(nodes)
+                nodes.append(following)
+            edges.append((number[node], number[following]))
+        if len(nodes) > 40:
+            raise ValueError(
+                "This graph has more than 40 nodes, too many to read: draw a smaller computation, "
+                "one layer of the network for instance."
+            )
+    return labels, edges
+
+
+def _label(node, names: Mapping[int, str]) -> str:
+    leaf = getattr(node, "variable", None)
+    if leaf is None:
+        return type(node).__name__
+    return f"AccumulateGrad\n{names.get(id(leaf), 'leaf')} {tuple(leaf.shape)}"
+
+
+def _depths(count: int, edges: list[tuple[int, int]]) -> list[int]:
+    """The length of the longest way from the root to each node: arrows then only point down."""
+    depth = [0] * count
+    changed = True
+    while changed:
+        changed = False
+        for start, end in edges:
+            if depth[end] <= depth[start]:
+                depth[end] = depth[start] + 1
+                changed = True
+    return depth
+
+
+def _hops(edges: list[tuple[int, int]], depth: list[int]) -> list[tuple[int, int]]:
+    """The edges cut at every layer they pass, so that they can lead around the boxes there.
+
+    The turning points are numbered on from the nodes, and their layers appended to `depth`.
+    """
+    hops = []
+    for start, end in edges:
+        for layer in range(depth[start] + 1, depth[end]):
+            depth.append(layer)
+            hops.append((start, len(depth) - 1))
+            start = len(depth) - 1
+        hops.append((start, end))
+    return hops
+
+
+def _width(layer: list[int], count: int) -> float:
+    """The width of a layer in boxes; a turning point, numbered from `count` on, needs less."""
+    return sum(1 if node < count else 0.3 for node in layer)
+
+
+def _places(
+    layers: list[list[int]], hops: list[tuple[int, int]], count: int
+) -> list[tuple[float, float]]:
+    """x in 0..1 and the layer as y, nodes in the order of the mean place of what points to them."""
+    place = {}
+    for y, layer in enumerate(layers):
+        pull = {}
+        for node in layer:
+            above = [place[start][0] for start, end in hops if end == node]
+            pull[node] = sum(above) / len(above) if above else 0.5
+        layer = sorted(layer, key=lambda node: (pull[node], node))
+        for i, node in enumerate(layer):
+            middle = _width(layer[:i], count) + _width([node], count) / 2
+            place[node] = (middle / _width(layer, count), y)
+    return [place[node] for node in sorted(place)]
