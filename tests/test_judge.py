@@ -342,16 +342,32 @@ def test_answers_may_use_what_stands_beside_them():
     assert judge("add_bias", space["AddBias"]).state == "passed"
 
 
-def test_an_interrupt_leaves_a_working_judge(monkeypatch):
+def test_an_interrupt_leaves_a_working_judge(monkeypatch, tmp_path):
     """What 'interrupt kernel' does in the middle of a check."""
+    marker = tmp_path / "marker"
+
+    def endless(grad, shape):
+        while True:
+            marker.write_text("alive")
+
     monkeypatch.setenv("COURSE_TIME_LIMIT", "30")
     judge("unbroadcast", REFERENCE)
     threading.Timer(1.0, signal.raise_signal, [signal.SIGINT]).start()
     start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        judge("unbroadcast", _python_loop)
+        judge("unbroadcast", endless)
+    assert marker.exists()
     assert time.monotonic() - start < 10
+    assert not _running(marker), "the answer goes on"
     assert judge("unbroadcast", REFERENCE).state == "passed"
+
+
+def _running(marker) -> bool:
+    """Whether the file is still being touched."""
+    time.sleep(0.5)
+    before = marker.stat().st_mtime_ns
+    time.sleep(0.5)
+    return marker.stat().st_mtime_ns != before
 
 
 def test_without_fork_a_lost_worker_is_replaced(monkeypatch):

@@ -92,15 +92,15 @@ class Sandbox:
             reader.start()
 
     def stop(self) -> None:
+        """Ends the worker, and with it the answer that it is running."""
         with self.lock:
             if self.process and self.owner == os.getpid():
-                self.process.kill()
-                for stream in (self.process.stdin, self.process.stdout):
-                    try:
-                        stream.close()
-                    except OSError:
-                        pass
-                self.process.wait()
+                try:
+                    self.process.stdin.close()  # the worker kills its child and leaves
+                    self.process.wait(2 if self.fork else 0)
+                except (OSError, subprocess.TimeoutExpired):
+                    self.process.kill()
+                    self.process.wait()
             self.process = None
 
     def ask(self, request: dict) -> dict:
@@ -145,8 +145,9 @@ def _path() -> list[str]:
 
 def _read(stream, replies: queue.Queue) -> None:
     try:
-        while True:
-            replies.put(receive(stream))
+        with stream:
+            while True:
+                replies.put(receive(stream))
     except (EOFError, OSError, ValueError, pickle.UnpicklingError):
         replies.put(None)
 

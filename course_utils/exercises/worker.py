@@ -81,7 +81,7 @@ def _child(request: dict, pipe: int) -> None:
     """Runs in a forked child; never returns."""
     try:
         os.setsid()
-        _limit_memory()
+        _limit(request["limit"])
         own = os.getpid()
         reply = pickle.dumps(evaluate(request))
         if os.getpid() == own:  # not in a process that the answer forked
@@ -91,10 +91,12 @@ def _child(request: dict, pipe: int) -> None:
         os._exit(0)
 
 
-def _limit_memory() -> None:
+def _limit(seconds: float) -> None:
+    """No core dump, no more memory than is sensible, and an end even if the worker is killed."""
     import resource
 
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CPU, (int(seconds) + 5, int(seconds) + 5))
     with open("/proc/self/statm") as file:
         pages = int(file.read().split()[0])
     limit = pages * resource.getpagesize() + EXTRA_MEMORY
