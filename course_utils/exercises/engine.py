@@ -303,7 +303,8 @@ def _pattern(want, have, rtol, atol) -> str:
     if want.numel() > 1 and want.abs().max() > 0:
         ratio = have.flatten()[largest] / want.flatten()[largest]
         if close(ratio * want):
-            return f" (yours are everywhere {ratio.item():.4g} times what they should be)"
+            digits = 4 if f"{ratio:.4g}" != "1" else 8
+            return f" (yours are everywhere {ratio:.{digits}g} times what they should be)"
         shift = have.flatten()[largest] - want.flatten()[largest]
         if close(want + shift):
             return f" (yours are everywhere {shift.item():+.4g} off)"
@@ -334,6 +335,7 @@ class Observer:
         expected: the reference's observations, which tell when a probe must stop; None while the
             reference itself is observed.
         like: observations to find again; the first probe that shows others raises _Unlike.
+        name: what the implementation is called, which torch repeats in some error messages.
     """
 
     def __init__(
@@ -341,8 +343,10 @@ class Observer:
         exercise: Exercise,
         expected: Observations | None = None,
         like: Observations | None = None,
+        name: str = "",
     ) -> None:
         self.exercise = exercise
+        self.name = name
         self.expected = expected
         self.like = like
         self.seen: Observations = {}
@@ -369,7 +373,9 @@ class Observer:
         except TimeUp:
             raise
         except BaseException as error:  # sys.exit() and the like are observations too
-            self.seen[name]["raised"] = _raised(error, self._arguments)
+            self.seen[name]["raised"] = _raised(
+                error, self._arguments[:200], self.name, self.exercise
+            )
         if self.like is not None:
             pair = {name: self.like.get(name, {})}, {name: self.seen[name]}
             if not same_behaviour(*pair, self.exercise.rtol, self.exercise.atol):
@@ -397,7 +403,7 @@ class Observer:
 
     def call(self, label: str, function: Callable, *args, may_modify: bool = False, **kwargs):
         """Calls the answer, records what it returns and that its arguments were left alone."""
-        self._arguments = ", ".join(
+        self._arguments = "on " + ", ".join(
             [describe(snapshot(arg)) for arg in args]
             + [f"{key}={describe(snapshot(value))}" for key, value in kwargs.items()]
         )
@@ -412,7 +418,9 @@ class Observer:
     def gradients(self, label: str, output: torch.Tensor, **inputs: torch.Tensor):
         """Records the gradients of `inputs` for a random upstream gradient of `output`."""
         upstream = torch.randn(output.shape, generator=self.generator, dtype=output.dtype)
-        self._arguments = f"in backward, upstream gradient {describe(snapshot(upstream))}"
+        self._arguments = (
+            f"in backward, with the upstream gradient a {describe(snapshot(upstream))}"
+        )
         sent = upstream.clone()
         grads = torch.autograd.grad(output, tuple(inputs.values()), sent, allow_unused=True)
         for name, grad in zip(inputs, grads, strict=True):
@@ -460,7 +468,7 @@ _OURS = str(Path(__file__).resolve().parent)
 _LIBRARIES = (str(Path(torch.__file__).parent), os.path.dirname(os.__file__))
 
 
-def _raised(error: BaseException, arguments: str) -> Raised:
+def _raised(error: BaseException, arguments: str, name: str, exercise: Exercise) -> Raised:
     frames = traceback.extract_tb(error.__traceback__)
     last_in_torch = bool(frames) and frames[-1].filename.startswith(_LIBRARIES[0])
     learners = [
@@ -476,6 +484,8 @@ def _raised(error: BaseException, arguments: str) -> Raised:
         text = _clean(str(error)).strip()[:500]
     except BaseException:  # an exception's own __str__ may be the answer's code
         text = "(its message could not be read)"
+    if len(name) > 2:  # the same mistake in a class of another name is the same mistake
+        text = re.sub(rf"\b{re.escape(name)}(?=Backward|\b)", exercise.name, text)
     unwritten = isinstance(error, NotImplementedError) and not last_in_torch
     return Raised(type(error).__name__, text, where, arguments, unwritten)
 
@@ -515,15 +525,22 @@ def kept_state() -> Iterator[None]:
 
 def observe(exercise: Exercise, implementation: Any, expected: Observations | None = None):
     """All that `implementation` does on the exercise's probes: probe → label → observation."""
-    see = Observer(exercise, expected)
+    see = Observer(exercise, expected, name=_own_name(implementation))
     with kept_state():
         exercise.observe(implementation, see)
     return see.seen
 
 
+def _own_name(implementation: Any) -> str:
+    """The name of a function or class; "" for other callables, whose attributes are not safe."""
+    if issubclass(type(implementation), (type, FunctionType)):
+        return implementation.__name__
+    return ""
+
+
 def _behaves_like(exercise: Exercise, implementation: Any, expected, seen: Observations) -> bool:
-    """Whether `implementation` does on all probes what was seen; stops at the first that differs."""
-    see = Observer(exercise, expected, like=seen)
+    """Whether `implementation` does what was seen, on all probes; stops where it does not."""
+    see = Observer(exercise, expected, like=seen, name=_own_name(implementation))
     try:
         with kept_state():
             exercise.observe(implementation, see)
@@ -677,7 +694,7 @@ def _explain(exercise: Exercise, found, seen: Observations) -> tuple[str, dict]:
     if isinstance(difference, Raised):
         details["error"] = {"type": difference.type_name, "text": difference.text}
         details["error"]["where"] = difference.where
-        on = f" on {difference.arguments}" if difference.arguments else ""
+        on = f" {difference.arguments}" if difference.arguments else ""
         if difference.not_written_yet:
             text = f"A part of `{name}` is not written yet: it raised NotImplementedError{on}"
         else:
@@ -697,11 +714,15 @@ def _explain(exercise: Exercise, found, seen: Observations) -> tuple[str, dict]:
                 text = f"The backward of `{name}` modified the upstream gradient in place: other "
                 text += "branches of the graph use the same tensor."
         else:
-            text = f"With `{name}`, {label} {difference.sentence}"
+            sentence = difference.sentence
+            if difference.kind == "none" and label.startswith("gradient"):
+                sentence = "is None: no gradient arrives there"
+            text = f"With `{name}`, {label} {sentence}"
             text += "" if text.endswith("?") else "."
     text += f"\nProbe: {probe}."
     for place, want, have in getattr(difference, "worst", ()):
-        text += f"\n  at {list(place)}: expected {want:.6g}, got {have:.6g}"
+        digits = 6 if f"{want:.6g}" != f"{have:.6g}" else 12
+        text += f"\n  at {list(place)}: expected {want:.{digits}g}, got {have:.{digits}g}"
     right = list(seen[probe])
     right = [
         r for r in right[: right.index(label) if label in right else None] if "left unm" not in r

@@ -48,11 +48,19 @@ def send(stream: BinaryIO, message: object) -> None:
 
 def receive(stream: BinaryIO) -> object:
     """The next message; raises EOFError when the other side is gone."""
-    head = stream.read(8)
-    if len(head) < 8:
-        raise EOFError
-    body = stream.read(struct.unpack("<Q", head)[0])
-    return pickle.loads(body)
+    head = _exactly(stream, 8)
+    return pickle.loads(_exactly(stream, struct.unpack("<Q", head)[0]))
+
+
+def _exactly(stream: BinaryIO, count: int) -> bytes:
+    """Reads on where an unbuffered pipe gives less than was asked for (64 KiB at a time)."""
+    body = bytearray()
+    while len(body) < count:
+        piece = stream.read(count - len(body))
+        if not piece:
+            raise EOFError
+        body += piece
+    return bytes(body)
 
 
 def evaluate(request: dict) -> dict:
@@ -149,7 +157,8 @@ def _import_all() -> None:
     torch.set_num_threads(1)
     x = torch.ones(2, requires_grad=True)
     torch.autograd.grad((x * x).sum(), x)
-    torch.optim.SGD([x], lr=0.1).zero_grad()
+    torch.optim.SGD([x], lr=0.1).step()
+    torch.func.jvp(torch.sin, (torch.ones(2),), (torch.ones(2),))
     registry()
 
 
