@@ -96,9 +96,9 @@ def environment_report(choice: str | None = None) -> str:
             f"{', '.join(versions)} on {platform.system()} {platform.machine()}",
             f"Profile {name}: {reason}.",
             f"Device {where}, {torch.get_num_threads()} threads of {os.cpu_count()} processors.",
-            f"Your answers are kept in COURSE_HOME, {home}."
+            f"Your answers are kept in {home} (set by COURSE_HOME)."
             if (home := os.environ.get("COURSE_HOME"))
-            else "Your answers are kept in your home directory (COURSE_HOME is not set).",
+            else "Your answers are kept in ~/.build-prove-scale (COURSE_HOME sets another folder).",
         )
     )
 

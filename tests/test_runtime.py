@@ -96,7 +96,7 @@ def test_setup_reports_chooses_and_hands_on(monkeypatch, capsys):
     ):
         assert part in report
     monkeypatch.setenv("COURSE_HOME", "")
-    assert "COURSE_HOME is not set" in runtime.environment_report()
+    assert "~/.build-prove-scale" in runtime.environment_report()
 
 
 def test_threads_come_from_the_argument_else_the_variable(monkeypatch, capsys):
