@@ -109,9 +109,10 @@ _profile = profile  # setup's argument hides the function
 def setup(profile: str | None = None, threads: int | None = None, seed: int = 0) -> Course:
     """Begin a chapter: choose the profile, fix threads and seeds, set the plot style, report.
 
-    `threads` (else COURSE_THREADS, else torch's own choice) is the number torch computes with: the
-    same number gives the same sums. A `profile` given here is set as COURSE_PROFILE, so that what
-    follows in this process, and the processes it starts, use it too.
+    `threads` (else COURSE_THREADS, else 1 in the quick profile and torch's own choice in the full
+    one) is the number torch computes with: the same number gives the same sums. A `profile` given
+    here is set as COURSE_PROFILE, so that what follows in this process, and the processes it
+    starts, use it too.
     """
     import torch
 
@@ -119,6 +120,10 @@ def setup(profile: str | None = None, threads: int | None = None, seed: int = 0)
 
     chosen = _profile(profile)
     threads = threads if threads is not None else os.environ.get("COURSE_THREADS") or None
+    if threads is None and chosen.name == "quick":
+        threads = (
+            1  # small tensors gain nothing from two, and two on busy cores wait for each other
+        )
     if threads is not None:
         torch.set_num_threads(_positive(threads))
     if profile:

@@ -69,8 +69,9 @@ def test_the_full_profile_reads_real_mnist(mnist_sample):
     print(f"{execution.seconds:.0f} s, {facts}")  # shown by pytest -rP
     assert facts["shape"] == (7000, 1, 28, 28) and facts["n"] == 1000
     assert facts["size"]["hidden"] == 512, "these are not the sizes of the full profile"
-    assert 0.78 < facts["nearest"] < 0.85  # 0.813; it depends on no random number
-    # 7,000 images are not 60,000: the goal of 98.3 % is for those. Measured: see the margin below.
+    assert 0.78 < facts["nearest"] < 0.85  # measured 0.816; no random number but the split is in it
+    # The goal of 98.3 % is for 60,000 images; these 7,000 gave 0.984, 0.980 and 0.974, where one
+    # standard error of 1,000 test images is 0.005.
     assert len(facts["accuracies"]) == 3
     assert min(facts["accuracies"]) > 0.96, "a seed is worse than ever measured"
     assert sum(facts["accuracies"]) / 3 > 0.968

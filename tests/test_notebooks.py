@@ -72,7 +72,7 @@ def test_notebook_is_whole(path):
     notebook, number = notebooks.read(path), int(path.stem[:2])
     assert _slugs(notebook) == [e.slug for e in registry().values() if e.chapter == number]
     text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
-    headings = [line for line in text.splitlines() if line.startswith("## ")]
+    headings = [line for line in text.splitlines() if line.startswith("##")]
     assert "Further reading" in headings[-1]
 
 

@@ -1085,6 +1085,11 @@ ADD_BIAS = Exercise(
             _MEAN_OF_ROWS,
         ),
         *_add_bias_misconceptions(
+            "mean_of_flattened_rows",
+            lambda grad: grad.flatten(0, -2).mean(0),
+            _MEAN_OF_ROWS,
+        ),
+        *_add_bias_misconceptions(
             "mean_over_first_axis",
             lambda grad: grad.mean(0),
             _MEAN_OF_ROWS,

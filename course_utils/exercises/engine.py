@@ -8,6 +8,7 @@ that hangs or kills its process: that is `sandbox`'s part.
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import inspect
 import os
@@ -25,6 +26,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from .source import source_of
 
 PASSED, WRONG, NOT_ATTEMPTED = "passed", "wrong", "not attempted"
 MAX_PRINTED = 2_000  # characters of an answer's own output that are kept
@@ -616,20 +619,32 @@ def _name_of(candidate: Any) -> str:
 def unchanged(shipped: Any, candidate: Any) -> bool:
     """Whether a find-the-bug cell is as it was shipped: comments and layout do not count.
 
-    Compares compiled code, which holds what the syntax tree does and is there also for answers
-    whose source is not.
+    Compares syntax trees; where the answer's source is not at hand, compiled code.
     """
     try:
-        return _code(shipped) == _code(candidate)
+        theirs = source_of(candidate)
+        if theirs is not None:
+            return ast.dump(ast.parse(theirs)) == ast.dump(ast.parse(source_of(shipped)))
+        code = _code(candidate)
+        return code == _code(shipped) or code == _code(_as_in_a_cell(shipped))
     except Exception:
         return False
+
+
+def _as_in_a_cell(shipped: Any) -> Any:
+    """Its source compiled alone: CPython 3.11 compiles `torch.ones()` otherwise where torch is
+    imported in the same file."""
+    space = dict(vars(sys.modules[shipped.__module__]))
+    exec(compile(source_of(shipped), "<cell>", "exec", dont_inherit=True), space)
+    return space[shipped.__name__]
 
 
 def _code(value: Any) -> Any:
     if isinstance(value, (staticmethod, classmethod)):
         value = value.__func__
     if isinstance(value, type):
-        members = {k: _code(v) for k, v in vars(value).items() if _is_code(v)}
+        methods = {k: v for k, v in vars(value).items() if not k.startswith("__annotate")}
+        members = {k: _code(v) for k, v in methods.items() if _is_code(v)}
         return value.__name__, [base.__name__ for base in value.__bases__], members
     code = value if isinstance(value, CodeType) else value.__code__
     constants = tuple(_code(c) if isinstance(c, CodeType) else c for c in code.co_consts)
