@@ -24,7 +24,9 @@ def _anchors(notebook: Path) -> set[str]:
 
 
 def test_every_topic_has_a_row_that_leads_somewhere():
-    rows = dict(re.findall(r"^\| (\d+) \| .* \| [CSM–] \| (.+) \|$", TABLE.read_text("utf-8"), re.M))
+    rows = dict(
+        re.findall(r"^\| (\d+) \| .* \| [CSM–] \| (.+) \|$", TABLE.read_text("utf-8"), re.M)
+    )
     assert [int(number) for number in rows] == list(TOPICS)
     assert all(LINK.search(where) for where in rows.values())
 
