@@ -6,6 +6,7 @@ A comment `museum 1.n` marks row n of the chapter's list of defects seen in publ
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 from weakref import WeakSet
 
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd import Function
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
 from course_utils.exercises.engine import Exercise, Misconception
@@ -144,6 +146,15 @@ def _not_put_back(f, x, eps=1e-6):
     return torch.tensor(grad, dtype=x.dtype).reshape(x.shape)
 
 
+def _copies_not_put_back(f, x, eps=1e-6):
+    above, below, grad = x.detach().clone(), x.detach().clone(), torch.zeros_like(x.detach())
+    for i in product(*map(range, x.shape)):
+        above[i] += eps
+        below[i] -= eps
+        grad[i] = (f(above).item() - f(below).item()) / (2 * eps)
+    return grad
+
+
 def _in_place_on_x(f, x, eps=1e-6):
     grad = torch.zeros_like(x)
     with torch.no_grad():
@@ -237,6 +248,25 @@ NUMERICAL_GRADIENT = Exercise(
             "look at how far apart they are.",
         ),
         Misconception(
+            "multiplies_by_eps",
+            _numerical(lambda f, x, step, eps: eps**2 * _central(f, x, step, eps)),
+            "You write `/ 2 * eps`: Python divides by 2 and then multiplies by eps, so your "
+            "gradient is too small by eps**2. Put the whole distance 2 * eps in parentheses.",
+        ),
+        Misconception(
+            "half_steps",
+            _numerical(lambda f, x, step, eps: _central(f, x, step, eps / 2)),
+            "Your points lie eps / 2 to either side of x. That is a central difference too, but "
+            "the one asked for steps a whole eps to either side, and divides by 2 * eps.",
+        ),
+        Misconception(
+            "one_number",
+            lambda f, x, eps=1e-6: (f(x + eps) - f(x - eps)) / (2 * eps),
+            "You move all elements of x at once and get one number, the sum of all partial "
+            "derivatives. A partial derivative moves one element and holds the others, and the "
+            "result has one number for each element.",
+        ),
+        Misconception(
             "steps_all_elements",
             _numerical(lambda f, x, step, eps: _central(f, x, torch.ones_like(x), eps)),
             "You move all elements of x at once, so every entry of your result is the sum of all "
@@ -247,6 +277,12 @@ NUMERICAL_GRADIENT = Exercise(
             _not_put_back,
             "You leave an element shifted when you go on to the next one, so later differences are "
             "taken at another point than x. Put the element's value back first.",
+        ),
+        Misconception(
+            "copies_not_put_back",
+            _copies_not_put_back,
+            "You make the two copies of x once, and in both the elements stay shifted when you go "
+            "on to the next one. Put the values back, or make the copies anew for each element.",
         ),
         Misconception(
             "backward_difference",
@@ -265,6 +301,12 @@ NUMERICAL_GRADIENT = Exercise(
             "asks_autograd",
             _by_autograd_instead,
             "You ask autograd for the gradient. This function is the independent witness against "
+            "which autograd is checked: it may only evaluate f, which may be a black box.",
+        ),
+        Misconception(
+            "asks_autograd_for_the_jacobian",
+            lambda f, x, eps=1e-6: torch.autograd.functional.jacobian(f, x),
+            "You ask autograd for the Jacobian. This function is the independent witness against "
             "which autograd is checked: it may only evaluate f, which may be a black box.",
         ),
         Misconception(
@@ -511,6 +553,25 @@ def _recursion_per_path(root):
     push(root)
 
 
+def _queue_per_use(root):
+    root.grad = 1.0
+    queue = [root]
+    for node in queue:
+        for parent, local in zip(node.parents, node.local_gradients, strict=True):
+            parent.grad += local * node.grad
+            queue.append(parent)
+
+
+def _last_in_first_out(root: Value) -> list[Value]:
+    order, stack = [], [root]
+    while stack:
+        node = stack.pop()
+        if node not in order:
+            order.append(node)
+            stack += node.parents
+    return order
+
+
 def _recursion_with_upstream(root):
     def clear(node):
         if node.parents:
@@ -588,6 +649,11 @@ _PER_PATH = (
     "gathered so far, so its first contributions are passed on again with the later ones. A node's "
     "gradient may be passed on once, when it is complete."
 )
+_STACK = (
+    "You take the next node from a stack and pass its gradient on at once. A node that is used "
+    "again further on has then already passed on an incomplete gradient. Make sure that every use "
+    "of a node comes before the node itself."
+)
 _INNER_KEPT = (
     "A second call starts from what the first one left in the inner nodes and passes it on once "
     "more. Only leaves may add up over calls; clear the others first."
@@ -628,6 +694,23 @@ BACKWARD = Exercise(
             "breadth_first_and_inner_kept",
             _backward(order=_breadth_first, zero=_never),
             f"{_BREADTH_FIRST} Then: {_INNER_KEPT[0].lower()}{_INNER_KEPT[1:]}",
+        ),
+        Misconception(
+            "stack",
+            _backward(order=_last_in_first_out),
+            _STACK,
+        ),
+        Misconception(
+            "stack_and_inner_kept",
+            _backward(order=_last_in_first_out, zero=_never),
+            f"{_STACK} Then: {_INNER_KEPT[0].lower()}{_INNER_KEPT[1:]}",
+        ),
+        Misconception(
+            "queue_per_use",
+            _queue_per_use,
+            "You put a node into the queue once for each of its uses, and each time its turn comes "
+            "it passes on all that it has gathered so far, the first contributions again and "
+            "again. A node's gradient may be passed on once, when it is complete.",
         ),
         Misconception(  # museum 1.19
             "recursion_per_path",
@@ -786,6 +869,26 @@ def _leading_kept(grad, shape):
     return grad
 
 
+def _keepdim_forgotten_from_the_left(grad, shape):
+    while grad.ndim > len(shape):
+        grad = grad.sum(0)
+    for axis, size in enumerate(shape):
+        if size == 1:
+            grad = grad.sum(axis)
+    return grad
+
+
+def _one_leading_axis(grad, shape):
+    if grad.ndim > len(shape):
+        grad = grad.sum(0)
+    return _only_stretched(grad, shape)
+
+
+def _no_axes_is_all_axes_in_two_sums(grad, shape):
+    grad = grad.sum(tuple(range(grad.ndim - len(shape))))
+    return grad.sum(tuple(i for i, size in enumerate(shape) if size == 1), keepdim=True)
+
+
 def _no_axes_is_all_axes(grad, shape):
     lead = grad.ndim - len(shape)
     axes = [i for i in range(grad.ndim) if i < lead or shape[i - lead] != grad.shape[i]]
@@ -844,6 +947,19 @@ UNBROADCAST = Exercise(
             "input of (5, 1) becomes (5,). The axis has to stay, with size 1.",
         ),
         Misconception(
+            "keepdim_forgotten_from_the_left",
+            _keepdim_forgotten_from_the_left,
+            "A stretched axis gets lost (`sum` without keepdim): (5, 3) for an input of (5, 1) "
+            "becomes (5,), and the axes after it change their numbers while you go through them. "
+            "The axis has to stay, with size 1.",
+        ),
+        Misconception(
+            "only_one_leading_axis",
+            _one_leading_axis,
+            "You sum away one axis in front. Broadcasting may have put several there: go on until "
+            "the gradient has as many axes as `shape`.",
+        ),
+        Misconception(
             "leading_axes_kept",
             _leading_kept,
             "You sum the right axes but keep them all with size 1: (5, 3) for an input of (3,) "
@@ -887,6 +1003,13 @@ UNBROADCAST = Exercise(
             "Your list of axes is right, but empty when nothing was broadcast, and torch's "
             "`sum` over an empty list of axes sums over all of them. Treat that case apart.",
         ),
+        Misconception(
+            "no_axes_is_all_axes_in_two_sums",
+            _no_axes_is_all_axes_in_two_sums,
+            "One of your two lists of axes may be empty, when nothing was put in front or nothing "
+            "was stretched, and torch's `sum` over an empty list of axes sums over all of them. "
+            "Treat these cases apart.",
+        ),
     ),
     alternatives=(lambda grad, shape: grad.sum_to_size(shape), _in_one_sum, _by_autograd),
     hints=(
@@ -921,10 +1044,13 @@ def _observe_add_bias(AddBias, see):
     with see.probe("x of shape (4, 2) needs a gradient, bias does not"):
         x, bias = see.randn(4, 2, requires_grad=True), see.randn(2)
         out = see.call("the output", AddBias.apply, x, bias)
-        (grad,) = torch.autograd.grad(out, x, see.randn(4, 2))
+        (grad,) = torch.autograd.grad(out, x, see.randn(4, 2), allow_unused=True)
         see("gradient of x (only x needs one)", grad)
+    with see.probe("x of shape (4, 2) needs a gradient, bias does not: what is computed"):
+        x, bias = see.randn(4, 2, requires_grad=True), see.randn(2)
+        upstream = see.randn(4, 2).as_subclass(_Watched)
         _Watched.reductions = 0
-        torch.autograd.grad(AddBias.apply(x, bias), x, see.randn(4, 2).as_subclass(_Watched))
+        torch.autograd.grad(AddBias.apply(x, bias), x, upstream, allow_unused=True)
         sums = _Watched.reductions
         see("the number of sums that backward computes for a bias without a gradient", sums)
     with see.probe("the gradients are differentiated again, x of shape (5, 3)"):
@@ -932,8 +1058,8 @@ def _observe_add_bias(AddBias, see):
         out = see.call("the output", AddBias.apply, x, bias)
         upstream = see.randn(5, 3, requires_grad=True)
         grad_x, grad_bias = torch.autograd.grad(out, (x, bias), upstream, create_graph=True)
-        see("gradient of x, to be differentiated again", grad_x)
-        see("gradient of bias, to be differentiated again", grad_bias)
+        see("the gradient of x (create_graph=True)", grad_x)
+        see("the gradient of bias (create_graph=True)", grad_bias)
         see.gradients("second derivative, from x", grad_x, upstream=upstream)
         see.gradients("second derivative, from bias", grad_bias, upstream=upstream)
     with see.probe("what is kept for backward, x of shape (5, 3)"):
@@ -988,6 +1114,14 @@ class _AddBiasOtherInput(reference.AddBias):
     def backward(ctx, grad_output):
         grad_x = grad_output if ctx.needs_input_grad[1] else None
         return grad_x, _sum_rows(grad_output) if ctx.needs_input_grad[0] else None
+
+
+class _AddBiasOnlyBoth(reference.AddBias):
+    @staticmethod
+    def backward(ctx, grad_output):
+        if not all(ctx.needs_input_grad):
+            return None, None
+        return grad_output, _sum_rows(grad_output)
 
 
 class _AddBiasWithSetup(Function):
@@ -1145,8 +1279,8 @@ ADD_BIAS = Exercise(
         Misconception(
             "one_gradient",
             _with(reference.AddBias, backward=lambda ctx, grad: grad),
-            "Your backward returns one gradient. It has to return one for each argument of forward "
-            "after ctx: first x, then bias.",
+            "Your backward returns one gradient (a list counts as one: return a tuple). It has to "
+            "return one for each argument of forward after ctx: first x, then bias.",
         ),
         Misconception(
             "ignores_needs_input_grad",
@@ -1171,6 +1305,12 @@ ADD_BIAS = Exercise(
             _AddBiasOtherInput,
             "You mix up the entries of `ctx.needs_input_grad`: they come in the order of forward's "
             "arguments after ctx. When only one input needs a gradient, yours goes missing.",
+        ),
+        Misconception(
+            "only_where_both_need_one",
+            _AddBiasOnlyBoth,
+            "You return gradients only where both inputs need one. Each entry of "
+            "`ctx.needs_input_grad` speaks for one input: ask for each by itself.",
         ),
         Misconception(  # museum 1.6
             "gradients_swapped",
@@ -1227,7 +1367,7 @@ def _observe_swish(Swish, see):
         x, upstream = see.randn(4, 3, requires_grad=True), see.randn(4, 3, requires_grad=True)
         out = see.call("the output", Swish.apply, x)
         (grad,) = torch.autograd.grad(out, x, upstream, create_graph=True)
-        see("gradient of x, to be differentiated again", grad)
+        see("the gradient of x (create_graph=True)", grad)
         see.gradients("second pass", grad, upstream=upstream)
     with see.probe("x's gradient of x's gradient, x of shape (2, 5)"):
         x, upstream = see.randn(2, 5, requires_grad=True), see.randn(2, 5)
@@ -1316,6 +1456,22 @@ class _SwishDetached(reference.Swish):
     @staticmethod
     def backward(ctx, grad_output):
         return grad_output * _swish_derivative(ctx.saved_tensors[0].detach())
+
+
+class _SwishSigmoidDetached(reference.Swish):
+    @staticmethod
+    def backward(ctx, grad_output):
+        (x,) = ctx.saved_tensors
+        s = torch.sigmoid(x).detach()
+        return grad_output * (s + x * s * (1 - s))
+
+
+class _SwishUpstreamOnOneTerm(reference.Swish):
+    @staticmethod
+    def backward(ctx, grad_output):
+        (x,) = ctx.saved_tensors
+        s = torch.sigmoid(x)
+        return grad_output * s + x * s * (1 - s)
 
 
 class _SwishNoGrad(reference.Swish):
@@ -1500,6 +1656,25 @@ SWISH = Exercise(
             "like a constant. Save the input and compute the rest in backward.",
         ),
         Misconception(
+            "sigmoid_detached",
+            _SwishSigmoidDetached,
+            "You cut sigmoid(x) off from the graph in backward (`.detach()`, `.data`, `no_grad`). "
+            "The first derivative is right; for the second the sigmoid is then a constant, and a "
+            "part is missing.",
+        ),
+        Misconception(
+            "upstream_on_one_term",
+            _SwishUpstreamOnOneTerm,
+            "You multiply only the first term of the derivative by `grad_output`. It belongs to "
+            "both: put their sum in parentheses.",
+        ),
+        Misconception(
+            "second_term_without_sigmoid",
+            _swish(lambda x: torch.sigmoid(x) + x * (1 - torch.sigmoid(x))),
+            "Your second term is x * (1 - sigmoid(x)). The derivative of the sigmoid is "
+            "sigmoid(x) * (1 - sigmoid(x)): a factor is missing.",
+        ),
+        Misconception(
             "saves_sigmoid_too",
             _SwishSavingSigmoid,
             "You save x and sigmoid(x). That is twice the memory, and to a second derivative the "
@@ -1581,6 +1756,21 @@ def _round_ste(
     return _with(reference.RoundSTE, forward=save_and_round, backward=pass_through)
 
 
+def _clamped(x, low, high):
+    return x.clamp(low, high).round()
+
+
+class _ClampedGradient(reference.RoundSTE):
+    @staticmethod
+    def forward(ctx, x, low, high):
+        ctx.limits = low, high
+        return _clamped(x, low, high)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return grad_output.clamp(*ctx.limits), None, None
+
+
 def _zero_outside(grad, inside):
     grad[~inside] = 0
     return grad
@@ -1603,8 +1793,9 @@ class _RoundSTEChainedInBackward(Function):
 
 
 _CHAINED = (
-    "`low <= x <= high` asks Python for one truth value, and a tensor has many; `and` does the "
-    "same. Compare twice and combine the two masks with `&`, each in parentheses."
+    "`low <= x <= high` asks Python for one truth value, and a tensor has many; `and`, `if` and "
+    "the built-in `min` and `max` do the same. Clamp with `x.clamp`; for the range compare twice "
+    "and combine the two masks with `&`, each in parentheses."
 )
 
 
@@ -1719,6 +1910,35 @@ ROUND_STE = Exercise(
             "You decide by the rounded x whether it is inside the range. 2.4 rounds to 2, which is "
             "inside [-1.6, 2.3], and yet 2.4 is outside: compare x itself.",
         ),
+        Misconception(
+            "range_of_the_output",
+            _round_ste(inside=lambda x, low, high: _inside(_clamped(x, low, high), low, high)),
+            "You decide by the output whether x is inside the range. The output has been clamped, "
+            "so it nearly always is, and gradients pass that should not: compare x itself.",
+        ),
+        Misconception(
+            "strict_range_of_the_output",
+            _round_ste(
+                inside=lambda x, low, high: (
+                    (_clamped(x, low, high) > low) & (_clamped(x, low, high) < high)
+                )
+            ),
+            "You stop the gradient where the output lies on a limit. That does catch what was "
+            "clamped, but also an x inside the range that was rounded to the limit: compare x "
+            "itself.",
+        ),
+        Misconception(
+            "gradient_clamped",
+            _ClampedGradient,
+            "You clamp the gradient to [low, high]. These are limits for x: where x lies between "
+            "them the gradient passes unchanged, elsewhere it is 0.",
+        ),
+        Misconception(
+            "never_rounds",
+            _round_ste(forward=lambda x, low, high: x.clamp(low, high)),
+            "Your forward clamps but does not round: the output has to be whole numbers, though "
+            "still of the dtype of x.",
+        ),
         Misconception(  # museum 1.15
             "modifies_upstream",
             _round_ste(backward=_zero_outside),
@@ -1728,8 +1948,9 @@ ROUND_STE = Exercise(
         Misconception(
             "too_few_gradients",
             _with(reference.RoundSTE, backward=lambda ctx, grad: grad * ctx.saved_tensors[0]),
-            "Your backward returns one gradient. It has to return one for each argument of "
-            "forward after ctx, and None for low and high, which are plain numbers.",
+            "Your backward returns one gradient (a list counts as one: return a tuple). It has to "
+            "return one for each argument of forward after ctx, and None for low and high, which "
+            "are plain numbers.",
         ),
         Misconception(
             "zeros_for_limits",
@@ -1766,6 +1987,12 @@ ROUND_STE = Exercise(
             "You stop the gradient above high, but not below low. The output is constant on both "
             "sides of the range.",
         ),
+        Misconception(
+            "lower_limit_only",
+            _round_ste(inside=lambda x, low, high: x >= low),
+            "You stop the gradient below low, but not above high. The output is constant on both "
+            "sides of the range.",
+        ),
         Misconception(  # museum 1.16
             "clamps_in_place",
             _round_ste(forward=lambda x, low, high: x.clamp_(low, high).round()),
@@ -1787,6 +2014,19 @@ ROUND_STE = Exercise(
 # --- hessian_vector_product ---------------------------------------------------------------------
 
 
+class _Largest(TorchFunctionMode):
+    """Notes the number of elements of the largest tensor that any call of torch returns."""
+
+    elements = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for value in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(value, torch.Tensor):
+                self.elements = max(self.elements, value.numel())
+        return result
+
+
 def _observe_hessian_vector_product(hessian_vector_product, see):
     hessian_vector_product = _values(hessian_vector_product)
     with see.probe("f(x) = sum(tanh(A x)) + prod(x), x of shape (5,)"):
@@ -1806,6 +2046,12 @@ def _observe_hessian_vector_product(hessian_vector_product, see):
         see("x.grad, which was ones before", x.grad)
         see.fact("parameters inside f receive no gradient", w.grad is None)
         see.fact("x still requires a gradient afterwards", x.requires_grad)
+    with see.probe("f(x) = sum(sin(x) * flip(x)), x of shape (7, 6): how large the tensors get"):
+        x, v = see.randn(7, 6), see.randn(7, 6)
+        with _Largest() as largest:
+            hessian_vector_product(lambda x: (x.sin() * x.flip(0)).sum(), x, v)
+        small = largest.elements < x.numel() ** 2
+        see.fact("no tensor has as many elements as the Hessian, 42 * 42", small)
 
 
 def _hvp(second: Callable) -> Callable:
@@ -1858,13 +2104,17 @@ def _hvp_without_graph(f, x, v):
 
 
 def _hvp_by_full_hessian(f, x, v):
-    """Another way, which takes as many passes as x has elements."""
     hessian = torch.autograd.functional.hessian(f, x.detach())
     return torch.tensordot(hessian, v, dims=x.ndim)
 
 
 def _hvp_of_torch(f, x, v):
     return torch.autograd.functional.hvp(f, x.detach(), v)[1]
+
+
+def _hvp_forward_over_reverse(f, x, v):
+    """Another way: the gradient's derivative in the direction v, by forward mode."""
+    return torch.func.jvp(torch.func.grad(f), (x.detach(),), (v,))[1]
 
 
 HESSIAN_VECTOR_PRODUCT = Exercise(
@@ -1979,6 +2229,13 @@ HESSIAN_VECTOR_PRODUCT = Exercise(
             "element by element and sum, or hand v to `torch.autograd.grad` as grad_outputs.",
         ),
         Misconception(
+            "builds_the_hessian",
+            _hvp_by_full_hessian,
+            "The product is right, but you build the whole Hessian for it, one pass for each "
+            "element of x. For a million parameters it has 10**12 elements. Two backward passes "
+            "give the product without it.",
+        ),
+        Misconception(
             "hessian_only_for_vectors",
             lambda f, x, v: torch.autograd.functional.hessian(f, x.detach()) @ v,
             "You compute the whole Hessian, which for a million parameters has 10**12 elements, "
@@ -1988,8 +2245,8 @@ HESSIAN_VECTOR_PRODUCT = Exercise(
     ),
     alternatives=(
         _hvp(lambda grad, x, v: torch.autograd.grad((grad * v).sum(), x)[0]),
-        _hvp_by_full_hessian,
         _hvp_of_torch,
+        _hvp_forward_over_reverse,
     ),
     hints=(
         "H v is the gradient of (gradient · v), with v held constant. That takes two backward "
@@ -2029,6 +2286,9 @@ def _observe_clip_grad_norm(clip_grad_norm, see):
                 see(f"clipped[{i}]", grad)
             kept = all(torch.equal(*both) for both in zip(grads, before, strict=True))
             see.fact("the given gradients are left unmodified", kept)
+            given = {grad.data_ptr() for grad in grads}
+            new = not any(grad.data_ptr() in given for grad in clipped)
+            see.fact("the clipped tensors are new ones, also where nothing is clipped", new)
 
 
 def _norm(grads, order=2.0):
@@ -2060,6 +2320,13 @@ def _clip_in_place(grads, max_norm):
     for grad in grads:
         grad.mul_((max_norm / (total_norm + 1e-6)).clamp(max=1.0))
     return grads, total_norm
+
+
+def _clip_if_needed(grads, max_norm):
+    total_norm = _norm(grads)
+    if total_norm <= max_norm:
+        return grads, total_norm
+    return [grad * (max_norm / (total_norm + 1e-6)) for grad in grads], total_norm
 
 
 def _clip_flat(grads, max_norm):
@@ -2172,7 +2439,8 @@ CLIP_GRAD_NORM = Exercise(
             "no_epsilon",
             _clip(factor=lambda max_norm, norm: (max_norm / norm).clamp(max=1.0)),
             "You divide by the norm alone. The specification divides by total_norm + 1e-6, as "
-            "torch does; it makes you differ in the sixth digit.",
+            "torch does. At norms of order 1 that changes the sixth digit; when all gradients are "
+            "zero, it keeps you from dividing by zero.",
         ),
         Misconception(
             "zeroes_large_gradients",
@@ -2185,6 +2453,13 @@ CLIP_GRAD_NORM = Exercise(
             _clip_in_place,
             "You scale the given tensors in place. This version is out of place: the caller's "
             "gradients stay, and new tensors are returned.",
+        ),
+        Misconception(
+            "returns_the_given_tensors",
+            _clip_if_needed,
+            "All values are right, but where nothing has to be clipped you return the given "
+            "tensors themselves. Whoever changes the result in place would then change the "
+            "caller's gradients, and only sometimes: return new tensors in every case.",
         ),
         Misconception(
             "returned_in_other_order",
@@ -2435,12 +2710,20 @@ CHECKPOINT = Exercise(
             "other elements, and the gradient belongs to another output. Remember the state before "
             "the function runs, and set it before running it again.",
         ),
+        Misconception(  # museum 1.22
+            "mask_redrawn_and_state_put_back",
+            _checkpoint(restore=False),
+            "You put the random state back after the second run, but the second run itself starts "
+            "from another state than forward did: dropout drops other elements, and the gradient "
+            "belongs to another output. Set the state that you noted in forward before it.",
+        ),
         Misconception(
             "random_state_not_put_back",
             _checkpoint(put_back=False),
-            "Backward leaves the random state where the second run ended. From then on the program "
-            "draws the same numbers again, so the next batch gets the same dropout mask. Put "
-            "back the state that you found.",
+            "Backward leaves the random state as it was during or right after the forward pass, "
+            "and not as it found it. From then on the program draws numbers that it has drawn "
+            "already, so the next batch gets the same dropout mask. Note the state at the start of "
+            "backward, and put that one back.",
         ),
         Misconception(
             "state_remembered_too_late",
@@ -2519,6 +2802,18 @@ CHECKPOINT = Exercise(
             _checkpoint(inputs=lambda ctx: [x.detach() for x in ctx.saved_tensors]),
             "You detach the inputs and leave it at that: a detached tensor requires no gradient, "
             "so none reaches it. Let it require one where the original did.",
+        ),
+        Misconception(
+            "needs_input_grad_of_the_function",
+            _checkpoint(
+                inputs=lambda ctx: [
+                    x.detach().requires_grad_(needs)
+                    for x, needs in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
+                ]
+            ),
+            "You pair the inputs with the entries of `ctx.needs_input_grad` from its beginning. "
+            "Its first entry belongs to `function`, the first argument of forward after ctx: the "
+            "inputs' entries start at the second.",
         ),
         Misconception(
             "inputs_not_detached",
@@ -2749,8 +3044,11 @@ def _observe_shifted_linear(ShiftedLinear, see):
             see.fact("all parameters require a gradient", trainable)
         with see.probe(f"{sizes}: what the output depends on"):
             layer = ShiftedLinear(inputs, outputs)
-            leaves = _sizes(_leaves(layer(see.randn(6, inputs, dtype=torch.float32))))
-            see("the sizes of all leaves that the output depends on", leaves)
+            x = see.randn(6, inputs, dtype=torch.float32)
+            leaves, again = _leaves(layer(x)), _leaves(layer(x))
+            see("the sizes of all leaves that the output depends on", _sizes(leaves))
+            same = {id(leaf) for leaf in leaves} == {id(leaf) for leaf in again}
+            see.fact("a second call depends on the same leaves", same)
         with see.probe(f"{sizes}: what is learned, after a forward"):
             layer = ShiftedLinear(inputs, outputs)
             layer(see.randn(6, inputs, dtype=torch.float32))
@@ -2801,6 +3099,10 @@ def _make_in_forward(layer, hidden):
     return hidden + layer.shift
 
 
+def _local_parameter(layer, hidden):
+    return hidden + nn.Parameter(torch.ones(hidden.shape[-1], dtype=hidden.dtype))
+
+
 class _ShiftedByLinear(nn.Module):
     """Another way: the bias of nn.Linear is the shift."""
 
@@ -2824,6 +3126,29 @@ class _ShiftedByFunction(nn.Module):
 
     def forward(self, x):
         return reference.AddBias.apply(x @ self.weight.T, self.bias)
+
+
+class _LinearWithItsBias(nn.Module):
+    def __init__(self, in_features, out_features):
+        super().__init__()
+        self.linear = nn.Linear(in_features, out_features)
+        self.add_shift(out_features)
+
+    def add_shift(self, out_features):
+        self.shift = nn.Parameter(torch.ones(out_features))
+
+    def forward(self, x):
+        return self.linear(x) + self.shift
+
+
+class _LinearWithItsBiasOnly(_LinearWithItsBias):
+    def add_shift(self, out_features):
+        self.shift = 0.0
+
+
+class _LinearsOwnBias(_LinearWithItsBias):
+    def add_shift(self, out_features):
+        self.shift = torch.ones(out_features)
 
 
 def _two_biases(in_features, out_features):
@@ -2877,6 +3202,13 @@ FIX_UNREGISTERED_BIAS = Exercise(
             "it once, when the layer is made.",
         ),
         Misconception(
+            "local_to_forward",
+            _shifted(make=lambda layer, size: None, add=_local_parameter),
+            "You make the parameter in forward: it is gone when forward returns, and the next call "
+            "starts again from ones. nn.Module registers what is assigned to an attribute, and "
+            "what is learned has to be made once, in __init__.",
+        ),
+        Misconception(
             "frozen",
             _shifted(
                 make=lambda layer, size: setattr(
@@ -2906,6 +3238,12 @@ FIX_UNREGISTERED_BIAS = Exercise(
             "that you are mending.",
         ),
         Misconception(
+            "starts_at_random",
+            _LinearWithItsBiasOnly,
+            "The bias of nn.Linear can be the shift, but nn.Linear starts it at random numbers. "
+            "It should start at 1, as in the layer that you are mending.",
+        ),
+        Misconception(
             "one_number_for_all",
             _shifted(make=lambda layer, size: setattr(layer, "shift", nn.Parameter(torch.ones(1)))),
             "Your shift is a single number for all outputs. It should have the shape "
@@ -2916,6 +3254,20 @@ FIX_UNREGISTERED_BIAS = Exercise(
             _two_biases,
             "Your layer learns two biases, that of nn.Linear and the shift, which do the same. "
             "Both follow the same gradient, so together they move twice as fast as one. Keep one.",
+        ),
+        Misconception(
+            "two_biases_one_random",
+            _LinearWithItsBias,
+            "Your layer learns two biases, that of nn.Linear and the shift. They do the same, and "
+            "since nn.Linear starts its own at random numbers, the sum does not start at 1. Keep "
+            "one.",
+        ),
+        Misconception(
+            "linears_own_bias",
+            _LinearsOwnBias,
+            "You let nn.Linear learn a bias and go on adding ones that nothing learns. Together "
+            "they can be any offset, but they do not start at 1, since nn.Linear starts its bias "
+            "at random numbers. Learn one shift, and let it start at 1.",
         ),
     ),
     alternatives=(_ShiftedByLinear, _ShiftedByFunction, _shifted()),
@@ -2958,12 +3310,14 @@ class _Kept:
 
 def _observe_mean_loss(mean_loss, see):
     for count in (4, 7):
-        with see.probe(f"{count} batches of 5 samples, 3 features"):
+        with see.probe(f"{count} batches of 5 samples, 3 features"), torch.enable_grad():
             linear = nn.Linear(3, 2).double()
             batches = [(see.randn(5, 3), see.randn(5, 2)) for _ in range(count)]
             see.call("the mean", mean_loss, linear, batches, F.mse_loss)
             see.fact("gradients of parameters stay None", linear.weight.grad is None)
-    with see.probe("6 batches of 5 samples, 3 features: which graphs are kept"):
+            see.fact("autograd records afterwards as it did before", torch.is_grad_enabled())
+    name = "6 batches of 5 samples, 3 features: which graphs are kept"
+    with see.probe(name), torch.enable_grad():
         linear = nn.Linear(3, 2).double()
         batches = [(see.randn(5, 3), see.randn(5, 2)) for _ in range(6)]
         kept, at_once = WeakSet(), [0]
@@ -3017,6 +3371,16 @@ def _one_by_one(model, batches, loss_function):
     return sum(float(loss_function(model(x), y)) for x, y in batches) / len(batches)
 
 
+def _recording_left_off(model, batches, loss_function):
+    torch.set_grad_enabled(False)
+    return _one_by_one(model, batches, loss_function)
+
+
+def _first_batch_divided(model, batches, loss_function):
+    (x, y), *_ = batches
+    return loss_function(model(x), y).item() / len(batches)
+
+
 def _backward_and_zero_grad(model, batches, loss_function):
     total = 0.0
     for x, y in batches:
@@ -3067,6 +3431,18 @@ FIX_GROWING_GRAPH = Exercise(
             "You run backward on every loss and clear the gradients again. That frees the graph, "
             "but it doubles the work, and gradients that were there before are lost. For a "
             "number to print, no backward pass is needed.",
+        ),
+        Misconception(
+            "recording_left_off",
+            _recording_left_off,
+            "The number is right, but you switch recording off (`torch.set_grad_enabled(False)`) "
+            "and leave it off: the program's next training step finds no graph. `with "
+            "torch.no_grad():` switches it on again at its end.",
+        ),
+        Misconception(
+            "returns_in_the_loop",
+            _first_batch_divided,
+            "You return after the first batch: the `return` stands inside the loop.",
         ),
         Misconception(
             "sum_not_mean",
@@ -3249,8 +3625,8 @@ FIX_SHARED_UPSTREAM_GRADIENT = Exercise(
                     grad * ctx.scale * (1 - torch.tanh(ctx.saved_tensors[0]) ** 2)
                 ),
             ),
-            "Backward now returns one gradient. It has to return one for each argument of forward "
-            "after ctx: None for `scale`, as before.",
+            "Backward now returns one gradient (a list counts as one: return a tuple). It has to "
+            "return one for each argument of forward after ctx: None for `scale`, as before.",
         ),
         Misconception(
             "gradient_for_scale",
