@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -88,6 +89,15 @@ class _LabelHeaderOf16Bytes(reference.DigitsDataset):
         return len(self.images)
 
 
+class _LabelHeaderKept(reference.DigitsDataset):
+    def __init__(self, images_path, labels_path, transform=None):
+        super().__init__(images_path, labels_path, transform)
+        self.labels = list(Path(labels_path).read_bytes())
+
+    def __len__(self):
+        return len(self.images)
+
+
 class _LittleEndian(reference.DigitsDataset):
     def __init__(self, images_path, labels_path, transform=None):
         with open(images_path, "rb") as file:
@@ -143,6 +153,11 @@ class _Changed(reference.DigitsDataset):
 class _Uint8(_Changed):
     def image(self, pixels):
         return pixels
+
+
+class _SignedBytes(_Changed):
+    def image(self, pixels):
+        return pixels.to(torch.int8) / 255
 
 
 class _NotScaled(_Changed):
@@ -421,6 +436,20 @@ DIGITS_DATASET = Exercise(
             "Each label is still a uint8. A DataLoader then builds uint8 batches, and "
             "cross-entropy asks for int64; return a Python int.",
         ),
+        Misconception(
+            "label_header_not_skipped",
+            _LabelHeaderKept,
+            "You take the label file from its first byte. It begins with a header of two "
+            "integers, so your first eight labels are the bytes of the magic number and the "
+            "count.",
+        ),
+        Misconception(
+            "signed_bytes",
+            _SignedBytes,
+            "You read the pixels as signed bytes. Every value from 128 on then comes out 256 too "
+            "low, below zero: strong ink becomes the opposite of ink. The file holds unsigned "
+            "bytes.",
+        ),
     ),
     alternatives=(_DigitsByNumpy, _DigitsFromDisk),
     hints=(
@@ -556,6 +585,8 @@ def _observe_network(see, model, x: torch.Tensor, sizes: tuple[int, int, int], e
     )
     alone = torch.cat([model(sample) for sample in x.split(1)])
     see.fact("the logits of a sample do not depend on the other samples", _same(alone, model(x)))
+    evaluated = model.eval()(x)
+    see.fact("the logits are the same in evaluation mode", _same(evaluated, model.train()(x)))
     if exact:
         given = _logits_of_given_weights(model, x, sizes)
         see("the output for given weights (after log_softmax)", given)
@@ -665,6 +696,24 @@ class _MLPFlattensBatchToo(reference.MLP):
         x = torch.relu(self.hidden1(x.flatten()))
         x = torch.relu(self.hidden2(x))
         return self.output(x)
+
+
+class _MLPWithoutBias(nn.Sequential):
+    def __init__(self, in_features, hidden, num_classes):
+        sizes = ((in_features, hidden), (hidden, hidden), (hidden, num_classes))
+        first, second, third = (nn.Linear(m, n, bias=False) for m, n in sizes)
+        super().__init__(nn.Flatten(), first, nn.ReLU(), second, nn.ReLU(), third)
+
+
+class _MLPReluModuleMisused(reference.MLP):
+    def forward(self, x):
+        x = nn.ReLU(self.hidden1(x.flatten(start_dim=1)))
+        return self.output(nn.ReLU(self.hidden2(x)))
+
+
+class _MLPReluInTrainingOnly(_MLPWith):
+    def activation(self, x):
+        return torch.relu(x) if self.training else x
 
 
 class _MLPInAList(nn.Module):
@@ -879,6 +928,26 @@ MLP = Exercise(
             "You send the values through the same hidden layer twice. The weights are as many as "
             "they should be, but the network has one linear step more, with weights tied.",
         ),
+        Misconception(
+            "relu_module_misused",
+            _MLPReluModuleMisused,
+            "You write `nn.ReLU(x)`. That makes a layer, with x taken for its `inplace` switch, "
+            "and computes nothing; call a layer that is made already, `nn.ReLU()(x)`, or the "
+            "function, `F.relu(x)`.",
+        ),
+        Misconception(
+            "activation_in_training_mode_only",
+            _MLPReluInTrainingOnly,
+            "Your network has its ReLU in training mode only. In evaluation mode its layers "
+            "multiply out to one matrix: an activation belongs to what the network computes, "
+            "whatever the mode.",
+        ),
+        Misconception(
+            "no_bias",
+            _MLPWithoutBias,
+            "Your linear layers have no bias, so an input of zeros always gives logits of zeros. "
+            "Each layer needs its bias, which `nn.Linear` has unless told otherwise.",
+        ),
     ),
     alternatives=(_mlp_sequential, _MLPByHand, _MLPLogProbabilities),
     hints=(
@@ -909,6 +978,8 @@ def _observe_cross_entropy(cross_entropy, see):
         at(40 * F.one_hot(targets, 4) + see.randn(3, 4), torch.tensor([2, 1, 3]))
     with see.probe("logits of 1000, 0 and -1000"):
         at(1000.0 * torch.tensor([[1, 0, -1], [0, -1, 1]]).double(), torch.tensor([2, 0]))
+    with see.probe("logits of 400, 0 and -400"):
+        at(400.0 * torch.tensor([[1, 0, -1], [0, -1, 1]]).double(), torch.tensor([2, 0]))
     with see.probe("a row of logits near 1000 and one near -1000"):
         at(see.randn(2, 5) + torch.tensor([[1000.0], [-1000.0]]), torch.tensor([3, 1]))
     with see.probe("float32 logits of shape (4, 6)"):
@@ -979,6 +1050,31 @@ def _ce_global_maximum(logits, targets):
     shifted = logits - logits.max()
     log_probabilities = shifted - shifted.exp().sum(dim=1, keepdim=True).log()
     return -log_probabilities[torch.arange(len(targets)), targets].mean()
+
+
+def _ce_shifted_by_the_mean(logits, targets):
+    shifted = logits - logits.mean(dim=1, keepdim=True)
+    return (shifted.exp().sum(dim=1).log() - shifted[range(len(targets)), targets]).mean()
+
+
+def _ce_keepdim_forgotten(logits, targets):
+    shifted = logits - logits.max(dim=1).values
+    return (shifted.exp().sum(dim=1).log() - shifted[range(len(targets)), targets]).mean()
+
+
+def _ce_values_forgotten(logits, targets):
+    shifted = logits - logits.max(dim=1, keepdim=True)
+    return (shifted.exp().sum(dim=1).log() - shifted[range(len(targets)), targets]).mean()
+
+
+def _ce_row_index_forgotten(logits, targets):
+    shifted = logits - logits.max(dim=1, keepdim=True).values
+    return (shifted.exp().sum(dim=1).log() - shifted[targets]).mean()
+
+
+def _ce_sum_over_rows_too(logits, targets):
+    shifted = logits - logits.max(dim=1, keepdim=True).values
+    return (shifted.exp().sum().log() - shifted[range(len(targets)), targets]).mean()
 
 
 def _ce_maximum_not_added_back(logits, targets):
@@ -1183,6 +1279,38 @@ CROSS_ENTROPY = Exercise(
             "You return a Python number. It knows nothing of the graph, so nothing can be learned "
             "from it; leave out `.item()`.",
         ),
+        Misconception(
+            "shifted_by_the_mean",
+            _ce_shifted_by_the_mean,
+            "You shift each row by its mean. The largest logit can lie far above that, and its "
+            "exp still overflows; shift by what makes the largest one 0.",
+        ),
+        Misconception(
+            "keepdim_forgotten",
+            _ce_keepdim_forgotten,
+            "You subtract the rows' maxima as a tensor of shape (batch,), which torch lines up "
+            "with the last axis, the classes. One maximum per row has the shape (batch, 1): keep "
+            "the axis.",
+        ),
+        Misconception(
+            "maximum_with_its_indices",
+            _ce_values_forgotten,
+            "`max` along an axis returns two tensors, the values and where they stand. You "
+            "subtract the pair; take its `.values`.",
+        ),
+        Misconception(
+            "rows_taken_by_the_targets",
+            _ce_row_index_forgotten,
+            "Your index `[targets]` picks whole rows, the targets being taken for numbers of "
+            "samples. From row i you want the entry of target i: index rows and classes together,"
+            " or use `gather`.",
+        ),
+        Misconception(
+            "sum_over_the_batch_inside_the_log",
+            _ce_sum_over_rows_too,
+            "You sum the exps of the whole batch inside the logarithm. Each sample has a sum of "
+            "its own, over its classes: give the axis.",
+        ),
     ),
     alternatives=(_ce_logsumexp, _ce_torch, _ce_loop, _ce_one_hot),
     hints=(
@@ -1269,6 +1397,21 @@ def _sgd_plain(p, g, v, lr, momentum):
 
 def _sgd_velocity_lost(p, g, v, lr, momentum):
     v = momentum * v + g
+    p.sub_(lr * v)
+
+
+def _sgd_velocity_points_down(p, g, v, lr, momentum):
+    v.mul_(momentum).sub_(g)
+    p.add_(lr * v)
+
+
+def _sgd_without_underscore(p, g, v, lr, momentum):
+    v.mul(momentum).add_(g)
+    p.sub_(lr * v)
+
+
+def _sgd_rate_twice(p, g, v, lr, momentum):
+    v.mul_(momentum).add_(lr * g)
     p.sub_(lr * v)
 
 
@@ -1399,7 +1542,8 @@ SGD_MOMENTUM_STEP = Exercise(
             "parameter_not_changed",
             _each(_sgd_parameter_lost),
             "Your velocities are right and the parameters never move. `p = …` gives a new tensor "
-            "the old name; the caller's tensor, the one in the model, must change in place.",
+            "the old name, and `params[i] = …` only changes the list; the caller's tensor, the one "
+            "in the model, must change in place.",
         ),
         Misconception(
             "lists_changed_and_not_tensors",
@@ -1456,6 +1600,26 @@ SGD_MOMENTUM_STEP = Exercise(
             _each(_sgd_gradient_overwritten),
             "Your numbers are right, and you changed the gradients in place on the way. They are "
             "the caller's, who may want to look at them; only params and velocities may change.",
+        ),
+        Misconception(
+            "velocity_points_downhill",
+            _each(_sgd_velocity_points_down),
+            "Your parameters are right, and your velocity has the other sign. In torch's "
+            "convention it is a sum of gradients, pointing uphill; the minus comes in when the "
+            "parameter moves.",
+        ),
+        Misconception(
+            "underscore_forgotten",
+            _each(_sgd_without_underscore),
+            "Your velocity never changes: a method without the underscore, `mul` or `add`, "
+            "returns a new tensor, and what is done to that is lost. The velocity itself has to "
+            "be changed, by each of the two operations.",
+        ),
+        Misconception(
+            "learning_rate_twice",
+            _each(_sgd_rate_twice),
+            "You multiply by the learning rate twice, once on the way into the velocity and once "
+            "when the parameter moves. It belongs to the second place only.",
         ),
     ),
     alternatives=(_sgd_by_index, _sgd_by_data, _sgd_foreach),
@@ -1569,6 +1733,41 @@ def _adamw_moments_lost(params, grads, exp_avgs, exp_avg_sqs, step, lr, betas, e
             v = beta2 * v + (1 - beta2) * g**2
             p.mul_(1 - lr * weight_decay)
             p.sub_(lr * (m / (1 - beta1**step)) / ((v / (1 - beta2**step)).sqrt() + eps))
+
+
+def _adamw_corrected_by(one, two, below=lambda v_hat, v, two, eps: v_hat.sqrt() + eps):
+    """AdamW whose averages are divided by one(beta1, step) and two(beta2, step)."""
+
+    def adamw_step(params, grads, exp_avgs, exp_avg_sqs, step, lr, betas, eps, weight_decay):
+        with torch.no_grad():
+            for p, g, m, v in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
+                p.mul_(1 - lr * weight_decay)
+                m.mul_(betas[0]).add_((1 - betas[0]) * g)
+                v.mul_(betas[1]).add_((1 - betas[1]) * g * g)
+                by = two(betas[1], step)
+                p.sub_(lr * m / one(betas[0], step) / below(v / by, v, by, eps))
+
+    return adamw_step
+
+
+def _correction(beta, step):
+    return 1 - beta**step
+
+
+def _adamw_decay_twice(params, grads, exp_avgs, exp_avg_sqs, step, lr, betas, eps, weight_decay):
+    with torch.no_grad():
+        grads = [g + weight_decay * p for p, g in zip(params, grads, strict=True)]
+    reference.adamw_step(params, grads, exp_avgs, exp_avg_sqs, step, lr, betas, eps, weight_decay)
+
+
+def _adamw_sums(params, grads, exp_avgs, exp_avg_sqs, step, lr, betas, eps, weight_decay):
+    with torch.no_grad():
+        for p, g, m, v in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
+            p.mul_(1 - lr * weight_decay)
+            m.mul_(betas[0]).add_(g)
+            v.mul_(betas[1]).add_(g * g)
+            m_hat, v_hat = m / (1 - betas[0] ** step), v / (1 - betas[1] ** step)
+            p.sub_(lr * m_hat / (v_hat.sqrt() + eps))
 
 
 def _adamw_parameters_lost(
@@ -1747,6 +1946,43 @@ ADAMW_STEP = Exercise(
             "You change parameters that require a gradient while autograd is recording, which it "
             "refuses. An update is no part of the function that is differentiated: "
             "switch recording off around it.",
+        ),
+        Misconception(
+            "beta_times_step",
+            _adamw_corrected_by(lambda b, t: 1 - b * t, lambda b, t: 1 - b * t),
+            "You correct with 1 − beta·step. That is right at the first step alone and negative "
+            "soon after, and the root of a negative number is NaN; beta is raised to the power "
+            "step.",
+        ),
+        Misconception(
+            "corrected_the_wrong_way",
+            _adamw_corrected_by(
+                lambda b, t: 1 / _correction(b, t), lambda b, t: 1 / _correction(b, t)
+            ),
+            "You multiply the averages by 1 − beta**step. They are too small at the start, and "
+            "that makes them smaller still: divide.",
+        ),
+        Misconception(
+            "root_taken_before_the_correction",
+            _adamw_corrected_by(
+                _correction, _correction, lambda v_hat, v, by, eps: v.sqrt() / by + eps
+            ),
+            "You take the root of v first and correct the root. The correction belongs to v "
+            "itself: 1 − beta2**step stands under the root as well.",
+        ),
+        Misconception(
+            "sums_and_not_averages",
+            _adamw_sums,
+            "You add the whole new gradient, and its square, to the old averages. The new one "
+            "enters with the share 1 − beta, so that what is kept and what comes in add up to "
+            "one.",
+        ),
+        Misconception(
+            "decay_twice",
+            _adamw_decay_twice,
+            "You let the weights decay twice, once by adding weight_decay times the parameter to "
+            "the gradient and once directly. AdamW does the second alone: the gradient, and with "
+            "it m and v, stays free of the decay.",
         ),
     ),
     alternatives=(_adamw_as_torch_writes_it, _adamw_by_data),
@@ -2164,6 +2400,36 @@ def _evaluate_loss_over_batches(model, batches, loss_function):
     return sum(r[0] for r in rows) / len(rows), _totals(rows)[1]
 
 
+def _evaluate_over_number_of_batches(model, batches, loss_function):
+    with _evaluating(model):
+        rows = _evaluated(model, batches, loss_function)
+    return sum(r[0] for r in rows) / len(batches), sum(r[1] / r[2] for r in rows) / len(batches)
+
+
+def _evaluate_loss_over_number_of_batches(model, batches, loss_function):
+    with _evaluating(model):
+        rows = _evaluated(model, batches, loss_function)
+    return sum(r[0] for r in rows) / len(batches), _totals(rows)[1]
+
+
+def _evaluate_accuracy_over_batches(model, batches, loss_function):
+    with _evaluating(model):
+        rows = _evaluated(model, batches, loss_function)
+    return _totals(rows)[0], sum(r[1] / r[2] for r in rows) / len(rows)
+
+
+def _evaluate_over_the_dataset(model, batches, loss_function):
+    with _evaluating(model):
+        rows = _evaluated(model, batches, loss_function)
+    samples = len(batches.dataset)
+    return sum(r[0] * r[2] for r in rows) / samples, sum(r[1] for r in rows) / samples
+
+
+def _evaluate_error_rate(model, batches, loss_function):
+    loss, accuracy = reference.evaluate(model, batches, loss_function)
+    return loss, 1 - accuracy
+
+
 def _evaluate_full_batches(model, batches, loss_function):
     with _evaluating(model):
         rows = _evaluated(model, batches, loss_function)
@@ -2391,6 +2657,38 @@ EVALUATE = Exercise(
             "You apply softmax before the loss function. Cross-entropy does that itself: its loss "
             "comes out too large for good models.",
         ),
+        Misconception(
+            "divided_by_the_number_of_batches",
+            _evaluate_over_number_of_batches,
+            "You average the batches' averages, over `len(batches)`. The last batch is smaller, "
+            "so each of its samples counts more; and a generator has no length. Count samples as "
+            "they come.",
+        ),
+        Misconception(
+            "loss_divided_by_the_number_of_batches",
+            _evaluate_loss_over_number_of_batches,
+            "You divide the sum of the batches' mean losses by `len(batches)`. Each loss stands "
+            "for as many samples as its batch holds, and the last batch holds fewer; besides, a "
+            "generator has no length.",
+        ),
+        Misconception(
+            "mean_of_batch_accuracies",
+            _evaluate_accuracy_over_batches,
+            "Your loss is right, and your accuracy is the mean of the batches' accuracies. The "
+            "last batch is smaller, so each of its samples counts more: count right answers and "
+            "samples.",
+        ),
+        Misconception(
+            "asks_for_the_dataset",
+            _evaluate_over_the_dataset,
+            "You ask `batches` for its `dataset`, which only a DataLoader has. Any iterable of "
+            "(inputs, targets) may come, a list for one: count the samples as they pass.",
+        ),
+        Misconception(
+            "error_rate",
+            _evaluate_error_rate,
+            "You return the fraction of wrong answers. The accuracy is the fraction of right ones.",
+        ),
     ),
     alternatives=(_evaluate_at_once, _evaluate_by_means, _evaluate_try),
     hints=(
@@ -2430,6 +2728,8 @@ def _observe_dropout(Dropout, see):
             see("the factor of the values that are kept", round(middle, 4))
             one = torch.allclose(factors, torch.full_like(factors, middle), rtol=1e-3)
             see.fact("all values that are kept have the same factor", one)
+            most = "zeroed" if int(dropped.sum()) > n / 2 else "kept"
+            see("what happens to most values", most)
             fraction = "of the values are 0, up to chance (5 standard deviations)"
             see.fact(f"{p:.0%} {fraction}", _near(dropped.sum(), n, p))
             rows, columns = dropped.flatten(1).sum(1), dropped.flatten(0, -2).sum(0)
@@ -2504,6 +2804,20 @@ class _DropoutKeepsP(_DropoutWith):
 class _DropoutKeepsPWrongScale(_DropoutWith):
     def dropped(self, x):
         return x * (torch.rand_like(x) < self.p) * self.scale()
+
+
+class _DropoutKeepsPInBetween(_DropoutWith):
+    def dropped(self, x):
+        if self.p in (0, 1):
+            return x * (1 - self.p)
+        return x * (torch.rand_like(x) < self.p) * self.scale()
+
+
+class _DropoutNormalDraws(_DropoutWith):
+    def dropped(self, x):
+        if self.p in (0, 1):
+            return x * (1 - self.p)
+        return x * (torch.randn_like(x) > self.p) * self.scale()
 
 
 class _DropoutDividesByP(_DropoutWith):
@@ -2723,6 +3037,19 @@ DROPOUT = Exercise(
             "You write the zeros into the input itself. Whoever else uses that tensor, a residual "
             "connection for one, loses its values.",
         ),
+        Misconception(
+            "p_is_kept_except_at_the_ends",
+            _DropoutKeepsPInBetween,
+            "You keep values with probability p, except where p is 0 or 1. p is the probability "
+            "to drop: your comparison, or the probability that you draw with, is the wrong way "
+            "round.",
+        ),
+        Misconception(
+            "normal_draws",
+            _DropoutNormalDraws,
+            "You compare normal random numbers with p. They are below p more often than p says: "
+            "half of them are below 0. The draw has to be uniform between 0 and 1.",
+        ),
     ),
     alternatives=(_DropoutBernoulli, _DropoutMaskedFill, _DropoutFunctional),
     hints=(
@@ -2829,6 +3156,26 @@ class _BNMomentumSwapped(_BNWith):
 class _BNNoRunning(_BNWith):
     def track(self, x, mean, var):
         self.num_batches_tracked += 1
+
+
+class _BNAddsUp(_BNWith):
+    def track(self, x, mean, var):
+        with torch.no_grad():
+            self.running_mean += self.momentum * mean
+            self.running_var += self.momentum * self.tracked_var(x, var)
+            self.num_batches_tracked += 1
+
+
+class _BNTracksDeviation(_BNWith):
+    def tracked_var(self, x, var):
+        return x.std(dim=0)
+
+
+class _BNByStd(_BNWith):
+    def normalise(self, x, mean, var):
+        if self.training:
+            return (x - mean) / (x.std(dim=0) + self.eps)
+        return (x - mean) / (var.sqrt() + self.eps)
 
 
 class _BNReplaced(_BNWith):
@@ -3124,6 +3471,24 @@ BATCH_NORM_1D = Exercise(
             "You start running_var at 0. It starts at 1, the variance of a feature about which "
             "nothing is known yet.",
         ),
+        Misconception(
+            "running_statistics_add_up",
+            _BNAddsUp,
+            "You add the batch's share to the running statistics and keep all of the old ones, so"
+            " that they grow without end. The old ones keep the share 1 − momentum.",
+        ),
+        Misconception(
+            "running_var_holds_the_deviation",
+            _BNTracksDeviation,
+            "Your running_var takes the standard deviation. It is the variance that is kept, and "
+            "whose root is taken in evaluation mode.",
+        ),
+        Misconception(
+            "std_plus_eps",
+            _BNByStd,
+            "You divide by `std` plus eps. `std` divides by n − 1 unless told otherwise, and eps "
+            "belongs under the root with the variance, not beside it.",
+        ),
     ),
     alternatives=(_BNByHand, _BNFunctional, _BNFromTorch),
     hints=(
@@ -3303,6 +3668,11 @@ class _StopCountsFromZero(_StopWith):
         self.epoch = -1
 
 
+class _StopCountsImprovements(_StopWith):
+    def accept(self, loss):
+        self.best, self.best_epoch, self.waited = loss, self.best_epoch + 1, 0
+
+
 class _StopTellsImprovement(_StopWith):
     def step(self, validation_loss):
         return not super().step(validation_loss)
@@ -3452,6 +3822,12 @@ EARLY_STOPPING = Exercise(
             _StopTellsImprovement,
             "You return True to go on. The question that step answers is whether to stop.",
         ),
+        Misconception(
+            "improvements_counted",
+            _StopCountsImprovements,
+            "Your best_epoch counts the improvements. It should be the number of the epoch in "
+            "which the last one came, so every call of step has to be counted.",
+        ),
     ),
     alternatives=(_StopByHistory, _StopWith),
     hints=(
@@ -3553,6 +3929,23 @@ class _NetSoftmaxOverBatch(_NetWith):
         return third(F.softmax(second(F.softmax(first(x), dim=0)), dim=0))
 
 
+class _NetResidual(_NetWith):
+    def join(self, x, first, second, third):
+        x = first(x)
+        return third(x + second(x))
+
+
+class _NetReluModuleMisused(_NetWith):
+    def join(self, x, first, second, third):
+        return third(nn.ReLU(second(nn.ReLU(first(x)))))
+
+
+class _NetReluInTrainingOnly(_NetWith):
+    def join(self, x, first, second, third):
+        bend = F.relu if self.training else nn.Identity()
+        return third(bend(second(bend(first(x)))))
+
+
 class _NetMoreLayers(nn.Module):
     def __init__(self, in_features, hidden, num_classes):
         super().__init__()
@@ -3614,8 +4007,8 @@ FIX_MISSING_ACTIVATION = Exercise(
         Misconception(
             "on_the_logits_too",  # museum 2.25
             _NetReluOnLogits,
-            "The activations between the layers are right, and there is one too many: after the "
-            "last layer it cuts off all negative logits.",
+            "The activations between the layers are right, and there is one too many, after the "
+            "last layer: with it no logit can be negative. Logits are any numbers.",
         ),
         Misconception(
             "on_the_logits_only",  # museum 2.25
@@ -3664,6 +4057,26 @@ FIX_MISSING_ACTIVATION = Exercise(
             _NetMoreLayers,
             "You added a linear layer. It multiplies out with the others: as many linear layers as "
             "you like are one.",
+        ),
+        Misconception(
+            "residual_instead",
+            _NetResidual,
+            "You add a layer's input to its output. A sum of linear functions is linear too: "
+            "there is still nothing that bends.",
+        ),
+        Misconception(
+            "relu_module_misused",
+            _NetReluModuleMisused,
+            "You write `nn.ReLU(x)`. That makes a layer, with x taken for its `inplace` switch, "
+            "and computes nothing; call a layer that is made already, `nn.ReLU()(x)`, or the "
+            "function, `F.relu(x)`.",
+        ),
+        Misconception(
+            "in_training_mode_only",
+            _NetReluInTrainingOnly,
+            "Your activations act in training mode only. In evaluation mode the layers act as one"
+            " matrix again; an activation belongs to what the network computes, whatever the "
+            "mode.",
         ),
     ),
     alternatives=(_net_sequential, _NetGelu),
@@ -3742,6 +4155,43 @@ def _accuracy_right_per_batch(model, batches):
 def _accuracy_means_over_samples(model, batches):
     rows = _right_and_size(model, batches)
     return sum(k / n for k, n in rows) / sum(n for _, n in rows)
+
+
+def _accuracy_over_number_of_batches(model, batches):
+    return sum(k / n for k, n in _right_and_size(model, batches)) / len(batches)
+
+
+def _accuracy_over_the_dataset(model, batches):
+    return sum(k for k, _ in _right_and_size(model, batches)) / len(batches.dataset)
+
+
+def _accuracy_counted_in_a_second_pass(model, batches):
+    right = sum(k for k, _ in _right_and_size(model, batches))
+    return right / sum(len(targets) for _, targets in batches)
+
+
+def _accuracy_last_size_for_all(model, batches):
+    rows = _right_and_size(model, batches)
+    return sum(k for k, _ in rows) / (len(rows) * rows[-1][1])
+
+
+def _accuracy_over_the_last_size(model, batches):
+    rows = _right_and_size(model, batches)
+    return sum(k for k, _ in rows) / rows[-1][1]
+
+
+def _accuracy_right_of_the_last(model, batches):
+    rows = _right_and_size(model, batches)
+    return rows[-1][0] / sum(n for _, n in rows)
+
+
+def _accuracy_first(model, batches):
+    right, samples = _right_and_size(model, batches)[0]
+    return right / samples
+
+
+def _accuracy_error_rate(model, batches):
+    return 1 - reference.mean_accuracy(model, batches)
 
 
 def _accuracy_percent(model, batches):
@@ -3859,6 +4309,54 @@ FIX_MEAN_OF_BATCH_MEANS = Exercise(
             _accuracy_in_training_mode,
             "You count rightly, in training mode. With dropout and batch norm the model must be in "
             "evaluation mode, as it was in the cell.",
+        ),
+        Misconception(
+            "mean_over_the_number_of_batches",
+            _accuracy_over_number_of_batches,
+            "It is still the mean of the batches' accuracies, over `len(batches)`. The last batch"
+            " is smaller and counts as much as the others; and a generator has no length. Count "
+            "samples as they come.",
+        ),
+        Misconception(
+            "asks_for_the_dataset",
+            _accuracy_over_the_dataset,
+            "You ask `batches` for its `dataset`, which only a DataLoader has. Any iterable of "
+            "(inputs, targets) may come, a list for one: count the samples as they pass.",
+        ),
+        Misconception(
+            "counted_in_a_second_pass",
+            _accuracy_counted_in_a_second_pass,
+            "You go through the batches once more to count the samples. A generator is used up "
+            "after the first time, and a shuffled loader costs all its work again: count in the "
+            "same pass.",
+        ),
+        Misconception(
+            "last_size_for_all_batches",
+            _accuracy_last_size_for_all,
+            "You divide by the number of batches times the size of the last one. The others are "
+            "of another size: add up the sizes.",
+        ),
+        Misconception(
+            "samples_of_the_last_batch_only",
+            _accuracy_over_the_last_size,
+            "You count the right answers of all batches and divide by the size of the last batch:"
+            " the number of samples is overwritten in the loop where it should be added to.",
+        ),
+        Misconception(
+            "right_answers_of_the_last_batch_only",
+            _accuracy_right_of_the_last,
+            "You divide the right answers of the last batch by the number of all samples: the "
+            "right answers are overwritten in the loop where they should be added to.",
+        ),
+        Misconception(
+            "first_batch_only",
+            _accuracy_first,
+            "Your accuracy is that of the first batch alone: the `return` stands inside the loop.",
+        ),
+        Misconception(
+            "error_rate",
+            _accuracy_error_rate,
+            "You return the fraction of wrong answers. The accuracy is the fraction of right ones.",
         ),
     ),
     alternatives=(_accuracy_concatenated, _accuracy_weighted),
@@ -3995,6 +4493,51 @@ class _DeepOneTooFew(reference.DeepNet):
         super().__init__(in_features, hidden, num_classes, max(depth - 1, 1))
 
 
+class _DeepReluAfterTheLastOnly(reference.DeepNet):
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return self.output(F.relu(x))
+
+
+class _DeepLastWithoutRelu(reference.DeepNet):
+    def forward(self, x):
+        for i, layer in enumerate(self.layers, start=1):
+            x = layer(x) if i == len(self.layers) else F.relu(layer(x))
+        return self.output(x)
+
+
+class _DeepReluBefore(reference.DeepNet):
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(F.relu(x))
+        return self.output(x)
+
+
+class _DeepHiddenReused(nn.Module):
+    def __init__(self, in_features, hidden, num_classes, depth):
+        super().__init__()
+        self.first, self.depth = nn.Linear(in_features, hidden), depth
+        self.hidden = nn.Linear(hidden, hidden)
+        self.output = nn.Linear(hidden, num_classes)
+
+    def forward(self, x):
+        x = F.relu(self.first(x))
+        for _ in range(self.depth - 1):
+            x = F.relu(self.hidden(x))
+        return self.output(x)
+
+
+class _DeepOneTooMany(reference.DeepNet):
+    def __init__(self, in_features, hidden, num_classes, depth):
+        super().__init__(in_features, hidden, num_classes, depth + 1)
+
+
+class _DeepAlwaysThree(reference.DeepNet):
+    def __init__(self, in_features, hidden, num_classes, depth):
+        super().__init__(in_features, hidden, num_classes, 3)
+
+
 class _DeepStoppedAtOutput(reference.DeepNet):
     def forward(self, x):
         for layer in self.layers:
@@ -4064,7 +4607,8 @@ FIX_LAYERS_IN_A_LIST = Exercise(
         Misconception(
             "only_the_last_is_registered",
             _DeepLastOnly,
-            "You assign every layer to the same attribute. The module keeps the last one only.",
+            "Of the hidden layers, only the last is registered. An attribute holds one module: "
+            "assigned anew in each round of a loop, it keeps the last one.",
         ),
         Misconception(
             "weights_without_biases",
@@ -4097,8 +4641,44 @@ FIX_LAYERS_IN_A_LIST = Exercise(
         Misconception(
             "graph_cut_between_layers",
             _DeepStoppedAtOutput,
-            "The layers are found now, and no gradient reaches them: the values between them are "
-            "detached.",
+            "The layers are found now, and no gradient reaches them: between them and the output "
+            "the values are cut off from the graph.",
+        ),
+        Misconception(
+            "relu_after_the_last_hidden_layer_only",
+            _DeepReluAfterTheLastOnly,
+            "The layers are found now, and only the last hidden one has a ReLU after it: the "
+            "layers before it act as one matrix.",
+        ),
+        Misconception(
+            "last_hidden_layer_without_relu",
+            _DeepLastWithoutRelu,
+            "The layers are found now, and the last hidden one has no ReLU after it: it and the "
+            "output layer act as one matrix.",
+        ),
+        Misconception(
+            "relu_before_the_layers",
+            _DeepReluBefore,
+            "The layers are found now, and the ReLU comes before each hidden layer and not after "
+            "it. The input loses its negative values, and the last hidden layer and the output "
+            "layer act as one matrix.",
+        ),
+        Misconception(
+            "hidden_layer_used_again",
+            _DeepHiddenReused,
+            "You make one hidden layer and send the values through it several times, with the "
+            "same weights each time. Every hidden layer has weights of its own.",
+        ),
+        Misconception(
+            "one_hidden_layer_too_many",
+            _DeepOneTooMany,
+            "The layers are found now, and there is one too many: depth counts all hidden layers,"
+            " the one that takes the input among them.",
+        ),
+        Misconception(
+            "always_three",
+            _DeepAlwaysThree,
+            "The layers are found now, and there are three hidden ones whatever `depth` is.",
         ),
     ),
     alternatives=(_deep_sequential, _DeepByName, _DeepRegistered),
@@ -4138,14 +4718,22 @@ def compare_learning_rates(make_model, batches, loss_function, rates, epochs):
 
 
 def _observe_compare_learning_rates(compare_learning_rates, see):
-    def setting(*sizes):
+    def setting(piled, *sizes):
         first, second = see.randn(6, 4), see.randn(3, 6)
+
+        def watch(p):
+            fresh = []
+            p.register_hook(lambda grad: fresh.append(grad.clone()))
+            p.register_post_accumulate_grad_hook(
+                lambda p: piled.append(not torch.equal(p.grad, fresh[-1]))
+            )
 
         def make_model():
             model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
             with torch.no_grad():
                 for p, values in zip(model.parameters(), (first, None, second, None), strict=True):
                     p.zero_() if values is None else p.copy_(values)
+            watch(model[0].weight)
             return model
 
         return make_model, [(see.randn(size, 4), see.randint(0, 3, size)) for size in sizes]
@@ -4153,9 +4741,11 @@ def _observe_compare_learning_rates(compare_learning_rates, see):
     for rates, epochs, sizes in (((0.1, 0.5), 3, (5, 5, 2)), ((0.2, 0.05, 1.0), 2, (4, 3))):
         samples = " and ".join(map(str, sizes))
         with see.probe(f"rates {rates}, {epochs} epochs, batches of {samples} samples"):
-            make_model, batches = setting(*sizes)
+            piled = []  # of each backward: whether it met gradients of an earlier one
+            make_model, batches = setting(piled, *sizes)
             given = make_model, batches, F.cross_entropy, list(rates), epochs
             see.call("the losses of each run", compare_learning_rates, *given)
+            see.fact("each backward finds the model's gradients cleared", not any(piled))
 
 
 def _trained(model, optimizer, batches, loss_function, epochs, zero=True, weigh=True, last=False):
@@ -4217,6 +4807,27 @@ def _rates_first_model_only(make_model, batches, loss_function, rates, epochs):
         curves.append(_trained(model, optimizer, batches, loss_function, epochs))
         model = make_model()
     return curves
+
+
+def _rates_zeroed_late(make_model, batches, loss_function, rates, epochs):
+    curves = []
+    for lr in rates:
+        model = make_model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+        backward_only = SimpleNamespace(zero_grad=lambda: None, step=optimizer.zero_grad)
+        curves.append(_trained(model, backward_only, batches, loss_function, epochs))
+    return curves
+
+
+def _rates_one_curve(make_model, batches, loss_function, rates, epochs):
+    curves = reference.compare_learning_rates(make_model, batches, loss_function, rates, epochs)
+    curve = [loss for each in curves for loss in each]
+    return [curve for _ in curves]
+
+
+def _rates_loss_since_the_start(make_model, batches, loss_function, rates, epochs):
+    curves = reference.compare_learning_rates(make_model, batches, loss_function, rates, epochs)
+    return [list(np.cumsum(curve) / np.arange(1, epochs + 1)) for curve in curves]
 
 
 def _rates_last_epoch(make_model, batches, loss_function, rates, epochs):
@@ -4344,6 +4955,32 @@ FIX_STALE_OPTIMIZER = Exercise(
             _rates_new_model_each_epoch,
             "You make a new model in each epoch, so that nothing of the epoch before is left. Make "
             "one for each rate.",
+        ),
+        Misconception(
+            "zeroed_between_backward_and_step",
+            _rates_zeroed_late,
+            "Your models do not learn at any rate. Model and optimizer belong together now, and "
+            "the gradients are zeroed after `backward` and before `step`, so the optimizer finds "
+            "none.",
+        ),
+        Misconception(
+            "one_list_for_all_rates",
+            _rates_one_curve,
+            "The training is right now. All rates write into the same list of losses: each run "
+            "needs a new one.",
+        ),
+        Misconception(
+            "loss_since_the_start",
+            _rates_loss_since_the_start,
+            "The training is right now. The sums of the loss and of the samples go on from epoch "
+            "to epoch, so a loss is the mean since the start of the run: begin both anew in each "
+            "epoch.",
+        ),
+        Misconception(
+            "with_momentum",
+            _with_fresh_sgd(lambda params, lr: torch.optim.SGD(params, lr=lr, momentum=0.9)),
+            "Model and optimizer now belong together. You gave the optimizer momentum, and the "
+            "rates are to be compared for plain SGD.",
         ),
     ),
     alternatives=(_rates_by_hand, _rates_reset_weights),
