@@ -78,6 +78,9 @@ def _grade(arguments: argparse.Namespace) -> int:
 def _new_exercise(arguments: argparse.Namespace) -> int:
     from .exercises.scaffold import scaffold
 
+    if not arguments.name.isidentifier():
+        print(f"{arguments.name!r} is no name for a function or class.", file=sys.stderr)
+        return 2
     print(scaffold(arguments.chapter, arguments.name))
     return 0
 

@@ -6,6 +6,7 @@ import inspect
 import os
 import platform
 import textwrap
+from collections.abc import Callable
 from typing import Any
 
 from .exercises import find, judge, record, registry
@@ -152,7 +153,11 @@ def report(slug: str) -> None:
         f"The check said:\n\n```text\n{rejected['message']}\n```\n\nWhy I think it is right: \n"
     )
     path = record.home() / f"report-{slug}.md"
-    path.write_text(text, encoding="utf-8")
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError:
+        print(f"{text}\nAdd one sentence and paste it into a new issue.")
+        return
     print(f"{text}\nSaved as {path}; add one sentence and paste it into a new issue.")
 
 
@@ -191,11 +196,14 @@ def _record(exercise: Exercise, candidate: Any, verdict: Verdict) -> None:
         entry.setdefault("first_attempt", record.now())
         if verdict.state == PASSED:
             entry["passed_at"] = entry.get("passed_at") or record.now()
-            entry["name"] = getattr(candidate, "__name__", exercise.name)
-            entry["source"] = self_contained(candidate)
+            name = _read(lambda: candidate.__name__)
+            named = isinstance(name, str) and name.isidentifier()
+            entry["name"] = name if named else exercise.name
+            entry["source"] = _read(lambda: self_contained(candidate))
             entry["fingerprint"] = exercise.fingerprint
         else:
-            entry["rejected"] = {"source": source_of(candidate), "message": verdict.message}
+            source = _read(lambda: source_of(candidate))
+            entry["rejected"] = {"source": source, "message": verdict.message}
             if verdict.misconception:
                 met = entry.setdefault("misconceptions", [])
                 met.append(verdict.misconception)
@@ -203,6 +211,16 @@ def _record(exercise: Exercise, candidate: Any, verdict: Verdict) -> None:
             entry["state"] = verdict.state
 
     record.update(exercise.slug, change)
+
+
+def _read(what: Callable[[], Any]) -> Any:
+    """What can be learnt about an answer; None where its own code raises on being looked at."""
+    try:
+        return what()
+    except KeyboardInterrupt:
+        raise
+    except BaseException:
+        return None
 
 
 def _show(text: str, rich: str, kind: str = "text/html") -> None:

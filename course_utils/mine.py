@@ -51,11 +51,15 @@ def _own(exercise) -> Any | None:
 
 
 def _build(slug: str, source: str, name: str) -> Any | None:
+    from .exercises.source import global_names
+
     file = f"<your {slug}>"
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
     space: dict[str, Any] = {"__name__": __name__}
     try:
         exec(compile(source, file, "exec"), space)
+        if not space.keys() >= set(global_names(source)):  # it uses what was not recorded
+            return None
     except Exception:
         return None
     return space.get(name)

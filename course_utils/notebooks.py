@@ -86,6 +86,7 @@ def read(path: str | Path) -> NotebookNode:
 def write(notebook: NotebookNode, path: str | Path) -> None:
     """Write a notebook the one way in which all of them are written."""
     try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(as_text(notebook), "utf-8", newline="\n")
     except OSError as error:
         raise NotebookError(f"{path} cannot be written: {error.strerror}.") from None

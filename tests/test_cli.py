@@ -39,14 +39,20 @@ def test_new_exercise_prints_python(capsys):
     assert "GROUP_NORM = Exercise(" in text and text == scaffold("mlp", "GroupNorm") + "\n"
 
 
+def test_new_exercise_wants_a_name(capsys):
+    assert main(["new-exercise", "mlp", "3d"]) == 2
+    assert "'3d' is no name" in capsys.readouterr().err
+
+
 def test_solve_writes_the_reference_into_exercise_cells(tmp_path, capsys):
     notebook = nbformat.v4.new_notebook()
     stub = nbformat.v4.new_code_cell("def unbroadcast(grad, shape):\n    raise NotImplementedError")
     stub.metadata["exercise"] = "unbroadcast"
     notebook.cells = [nbformat.v4.new_code_cell("import torch"), stub]
     nbformat.write(notebook, tmp_path / "in.ipynb")
-    assert main(["solve", str(tmp_path / "in.ipynb"), "-o", str(tmp_path / "out.ipynb")]) == 0
-    solved = nbformat.read(tmp_path / "out.ipynb", as_version=4)
+    out = tmp_path / "new folder" / "out.ipynb"
+    assert main(["solve", str(tmp_path / "in.ipynb"), "-o", str(out)]) == 0
+    solved = nbformat.read(out, as_version=4)
     assert solved.cells[0].source == "import torch"
     space = {}
     exec("import torch", space)

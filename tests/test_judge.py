@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from course_utils.exercises import judge, registry
-from course_utils.exercises.engine import Exercise, Misconception, diagnose, unchanged
+from course_utils.exercises.engine import Exercise, Misconception, diagnose, kept_state, unchanged
 from course_utils.exercises.sandbox import Sandbox
 from course_utils.exercises.sandbox import judge as judge_in
 
@@ -212,6 +212,16 @@ def test_no_state_leaks_into_the_kernel():
     assert judge("unbroadcast", REFERENCE).state == "passed", "nor into the next judgement"
 
 
+def test_answers_that_run_in_the_kernel_leave_no_state_either():
+    before = _state(), torch.get_default_device(), list(sys.path)
+    with kept_state():
+        torch.set_default_dtype(torch.float64)
+        torch.set_default_device("meta")
+        sys.path.clear()
+        os.chdir("/")
+    assert (_state(), torch.get_default_device(), list(sys.path)) == before
+
+
 def _exits(grad, shape):
     os._exit(0)
 
@@ -264,6 +274,114 @@ def test_an_answer_that_ends_its_process_gets_a_sentence(answer, sentence, monke
     assert sentence in verdict.message.splitlines()[0]
 
 
+class _PlainText(str):
+    def __repr__(self):
+        raise RuntimeError
+
+
+def _breaks_torch(grad, shape):
+    torch.allclose = None
+    return REFERENCE(grad, shape)
+
+
+def _writes_into_every_file(grad, shape):
+    for file in range(3, 64):
+        try:
+            os.write(file, b"\xff" * 64)
+        except OSError:
+            pass
+    return REFERENCE(grad, shape)
+
+
+@pytest.mark.parametrize(
+    ("answer", "sentence"),
+    [
+        (lambda grad, shape: REFERENCE(grad, shape).to_sparse(), "should be an ordinary dense"),
+        (lambda grad, shape: torch.nested.nested_tensor([grad]), "is nested Tensor"),
+        (lambda grad, shape: 10**5000, "is int beyond 2**1000"),
+        (lambda grad, shape: _PlainText("x"), "and is 'x'"),
+        (lambda grad, shape: "\ud800", r"\ud800"),
+        (lambda grad, shape: REFERENCE(grad, shape) / 0, "of them infinite"),
+        (lambda grad, shape: exit(), "sys.exit()"),
+        (lambda grad, shape: breakpoint(), "remove `breakpoint()`"),
+        (_breaks_torch, "could not be judged: reading what it is or did raised TypeError"),
+        (_writes_into_every_file, "ended its Python process"),
+    ],
+)
+@pytest.mark.skipif(sys.platform != "linux", reason="answers are forked on Linux only")
+def test_odd_answers_get_a_sentence(answer, sentence):
+    verdict = judge("unbroadcast", answer)
+    assert verdict.state == "wrong"
+    assert sentence in verdict.message.splitlines()[0]
+    verdict.message.encode("utf-8")
+    assert judge("unbroadcast", REFERENCE).state == "passed"
+
+
+def test_a_class_that_cannot_be_looked_at():
+    class Refuses(type):
+        def __getattribute__(cls, name):
+            raise RuntimeError(name)
+
+    verdict = judge("unbroadcast", Refuses("Hidden", (), {}))
+    assert verdict.state == "wrong" and "could not be judged" in verdict.message
+
+
+def test_what_is_printed_can_be_shown():
+    def prints(grad, shape):
+        print("\ud800")
+        return REFERENCE(grad, shape)
+
+    assert judge("unbroadcast", prints).details["printed"].startswith(r"\ud800")
+
+
+def test_modules_of_their_own_class_are_sent():
+    """torch.backends.cudnn is one, which cloudpickle alone cannot send."""
+    from course_utils.exercises.sandbox import _packed
+
+    def answer(grad, shape):
+        torch.backends.cudnn.deterministic = True
+        return REFERENCE(grad, shape)
+
+    assert _packed(answer)
+
+
+@pytest.mark.parametrize("slug", ["unbroadcast", "checkpoint", "batch_norm_1d"])
+@pytest.mark.parametrize("sent", [True, False])
+@pytest.mark.parametrize(
+    "surroundings", [torch.no_grad, torch.inference_mode, lambda: torch.device("meta")]
+)
+def test_a_right_answer_passes_whatever_the_notebook_has_set(slug, sent, surroundings):
+    answer = registry()[slug].reference
+    if not sent:
+        lock = threading.Lock()
+        if isinstance(answer, type):
+            answer = type(answer)(answer.__name__, (answer,), {"lock": lock})
+        else:
+            answer = functools.partial(lambda lock, *args: REFERENCE(*args), lock)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with surroundings():
+            assert judge(slug, answer).state == "passed"
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_fork_of_the_kernel_can_judge():
+    code = (
+        "import os; from course_utils.exercises import judge, registry\n"
+        "reference = registry()['unbroadcast'].reference\n"
+        "judge('unbroadcast', reference)\n"
+        "pid = os.fork()\n"
+        "state = judge('unbroadcast', reference).state\n"
+        "if pid == 0: os._exit(0 if state == 'passed' else 1)\n"
+        "print(state, os.waitpid(pid, 0)[1])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["passed", "0"], done.stderr
+
+
 def _python_loop(grad, shape):
     while True:
         pass
@@ -292,9 +410,10 @@ def test_an_endless_loop_is_stopped(answer, monkeypatch):
 
 
 def test_a_bad_time_limit_is_told(monkeypatch, capsys):
-    monkeypatch.setenv("COURSE_TIME_LIMIT", "soon")
-    assert judge("unbroadcast", REFERENCE).state == "passed"
-    assert "COURSE_TIME_LIMIT is 'soon'" in capsys.readouterr().out
+    for text in ("soon", "0", "nan", "inf", "1e12"):
+        monkeypatch.setenv("COURSE_TIME_LIMIT", text)
+        assert judge("unbroadcast", REFERENCE).state == "passed"
+        assert f"COURSE_TIME_LIMIT is {text!r}" in capsys.readouterr().out
 
 
 def _floods(grad, shape):
@@ -435,6 +554,8 @@ def test_the_worker_ends_with_its_kernel():
 def test_unknown_slug():
     with pytest.raises(KeyError, match="did you mean .*add_bias"):
         judge("addbias", REFERENCE)
+    with pytest.raises(KeyError, match="there is no exercise"):
+        judge(["add_bias"], REFERENCE)
 
 
 def test_import_is_light():

@@ -153,6 +153,58 @@ def test_an_answer_that_no_longer_runs_gives_the_reference(capsys):
     assert "does not run here" in capsys.readouterr().out
 
 
+SUM = "grad.sum(AXES) if SCALE < inf else grad"
+UNBROADCAST = f"""
+from math import inf
+SCALE, AXES, OTHER = 1.0, (0,), torch.eye(3)
+
+def reference(grad, shape):
+    from course_utils.reference.autograd import unbroadcast
+    return unbroadcast(grad, shape)
+
+again = reference
+
+def unbroadcast(grad, shape: OTHER = None):
+    OTHER_NAME = {SUM}
+    return again(grad, shape)
+"""
+
+
+def test_an_answer_takes_constants_and_renamed_helpers_along():
+    answer = cell(UNBROADCAST)["unbroadcast"]
+    assert course_utils.check("unbroadcast", answer) is answer
+    own = importlib.import_module("course_utils.mine").unbroadcast
+    assert own is not registry()["unbroadcast"].reference
+    assert own(torch.ones(4, 3), (3,)).tolist() == [4.0] * 3
+
+
+def test_an_answer_that_needs_more_than_its_record_gives_the_reference(capsys):
+    answer = cell(UNBROADCAST.replace("return again", "OTHER.sum(); return again"))["unbroadcast"]
+    assert course_utils.check("unbroadcast", answer) is answer
+    mine = importlib.import_module("course_utils.mine")
+    assert mine.unbroadcast is registry()["unbroadcast"].reference
+    assert "does not run here" in capsys.readouterr().out
+
+
+def test_answers_that_hide_what_they_are_are_recorded():
+    class Hides:
+        @property
+        def __name__(self):
+            raise RuntimeError
+
+        def __call__(self, grad, shape):
+            return grad
+
+    def wraps_itself(grad, shape):
+        return registry()["unbroadcast"].reference(grad, shape)
+
+    wraps_itself.__wrapped__ = wraps_itself
+    course_utils.check("unbroadcast", Hides())
+    course_utils.check("unbroadcast", wraps_itself)
+    entry = record.load()["unbroadcast"]
+    assert entry["attempts"] == 2 and entry["name"] == "wraps_itself"
+
+
 def test_hints_come_one_by_one(capsys):
     hints = registry()["add_bias"].hints
     for number in range(1, len(hints) + 1):

@@ -120,6 +120,29 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path, monkeypatch):
         _pass("one")
 
 
+def test_a_folder_that_can_only_be_read_is_read(home, monkeypatch):
+    _pass("one")
+
+    def refuse():
+        raise record.RecordUnavailable("read only")
+
+    monkeypatch.setattr(record, "_lock", refuse)
+    assert record.load()["one"]["state"] == "passed"
+
+
+def test_the_folder_may_have_any_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("COURSE_HOME", "~nobody-of-this-name/home")
+    assert record.home().name == "home"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("COURSE_HOME", "~/with space")
+    assert os.name == "nt" or record.home() == tmp_path / "with space"
+
+
+def test_text_that_utf_8_cannot_hold_is_kept(home):
+    _pass("one", "'\ud800'")
+    assert record.load()["one"]["source"] == "'\ud800'"
+
+
 def test_the_file_is_plain_json_lines(home):
     _pass("one")
     lines = [json.loads(line) for line in (home / "record.jsonl").read_text().splitlines()]

@@ -33,7 +33,7 @@ def _gathered() -> dict[str, Exercise]:
 
 def find(slug: str) -> Exercise:
     """The exercise `slug`; KeyError with the nearest names where there is none."""
-    if slug in registry():
+    if isinstance(slug, str) and slug in registry():
         return registry()[slug]
     from difflib import get_close_matches
 

@@ -149,12 +149,21 @@ class Difference:
 def snapshot(value: Any) -> Any:
     """Copies `value` so that later changes in place do not reach the observation."""
     if isinstance(value, torch.Tensor):
+        if value.is_nested:  # has no shape
+            return SeenObject("nested Tensor")
         return SeenTensor(value.detach().clone(), value.requires_grad)
     if isinstance(value, np.ndarray):
         return value.copy()
     if isinstance(value, np.generic):
-        return value.item()
-    if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
+        value = value.item()
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = int.__int__(value)  # subclasses may compare and print as they like
+        return value if value.bit_length() < 1000 else SeenObject("int beyond 2**1000")
+    if isinstance(value, float):
+        return float.__float__(value)
+    if isinstance(value, str):
+        return str.__str__(value)
+    if value is None or isinstance(value, (bool, complex, bytes)):
         return value
     if isinstance(value, (tuple, list)):
         return tuple(snapshot(item) for item in value)
@@ -172,7 +181,8 @@ def describe(seen: Any) -> str:
     if isinstance(seen, tuple) and all(isinstance(item, (int, float, str)) for item in seen):
         return repr(seen)[:60]
     if isinstance(seen, tuple):
-        return f"{len(seen)} values ({', '.join(describe(item) for item in seen[:4])})"
+        inside = ", ".join(describe(item) for item in seen[:4])
+        return f"{len(seen)} value{'' if len(seen) == 1 else 's'} ({inside})"
     if isinstance(seen, float):
         return f"{seen:.6g}"
     if isinstance(seen, dict):
@@ -181,7 +191,8 @@ def describe(seen: Any) -> str:
 
 
 def _clean(text: str) -> str:
-    """Without addresses, so that the same mistake always prints the same text."""
+    """Without addresses, so that the same mistake always prints the same text; fit for UTF-8."""
+    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
     return re.sub(r"0x[0-9a-fA-F]{4,}", "0x…", text)
 
 
@@ -255,6 +266,8 @@ def _compare_tensors(expected, got, rtol, atol) -> Difference | None:
         return Difference("dtype", text)
     if want.device != have.device:
         return Difference("device", f"should be on {want.device}, and is on {have.device}")
+    if want.layout != have.layout:
+        return Difference("type", f"should be {_layout(want)}, and is {_layout(have)}")
     if expected.requires_grad and not got.requires_grad:
         text = "is cut off from the graph: it no longer requires a gradient (`.detach()`, "
         text += "`.data`, `.item()`, `no_grad` or a new tensor made from values do that)"
@@ -266,6 +279,10 @@ def _compare_tensors(expected, got, rtol, atol) -> Difference | None:
         text = f"should be {want.item():.{digits}g}, and is {have.item():.{digits}g}"
         return Difference("value", text)
     return Difference("value", *_worst(_wide(want), _wide(have), rtol, atol))
+
+
+def _layout(values: torch.Tensor) -> str:
+    return "an ordinary dense tensor" if values.layout == torch.strided else str(values.layout)
 
 
 def _wide(values: torch.Tensor) -> torch.Tensor:
@@ -293,6 +310,8 @@ def _pattern(want, have, rtol, atol) -> str:
 
     if have.isnan().any() and not want.isnan().any():
         return f" ({int(have.isnan().sum())} of them NaN)"
+    if have.isinf().any() and not want.isinf().any():
+        return f" ({int(have.isinf().sum())} of them infinite)"
     if have.abs().max() == 0:
         return " (yours are all zero)"
     if close(-want):
@@ -472,7 +491,8 @@ def _raised(error: BaseException, arguments: str, name: str, exercise: Exercise)
     learners = [
         frame
         for frame in frames
-        if not frame.filename.startswith(_LIBRARIES) and Path(frame.filename).parent != Path(_OURS)
+        if not frame.filename.startswith((*_LIBRARIES, "<frozen"))
+        and Path(frame.filename).parent != Path(_OURS)
     ]
     where = ""
     if learners:
@@ -495,6 +515,7 @@ def kept_state() -> Iterator[None]:
     flags = torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled()
     deterministic = torch.are_deterministic_algorithms_enabled()
     anomaly = torch.is_anomaly_enabled()
+    device, path = torch.get_default_device(), list(sys.path)
     folder, streams, depth = os.getcwd(), (sys.stdout, sys.stderr), sys.getrecursionlimit()
     environment = dict(os.environ)
     try:
@@ -513,6 +534,9 @@ def kept_state() -> Iterator[None]:
             torch.use_deterministic_algorithms(deterministic)
         if torch.is_anomaly_enabled() != anomaly:
             torch.autograd.set_detect_anomaly(anomaly)
+        if torch.get_default_device() != device:
+            torch.set_default_device(None if device.type == "cpu" else device)
+        sys.path[:] = path
         os.chdir(folder)
         sys.stdout, sys.stderr = streams
         sys.setrecursionlimit(depth)
@@ -693,6 +717,7 @@ REMARKS = {
     "SystemExit": "`sys.exit()` would end the notebook's kernel: return a result instead",
     "RecursionError": "it calls itself without end: look for the case that should stop it",
     "MemoryError": "it asked for more memory than an answer may use",
+    "BdbQuit": "the debugger has no keyboard here: remove `breakpoint()`",
 }
 
 

@@ -24,7 +24,7 @@ class RecordUnavailable(Exception):
 def home() -> Path:
     """The learner's folder: `COURSE_HOME`, else `.build-prove-scale` in the home directory."""
     chosen = os.environ.get("COURSE_HOME")
-    return Path(chosen).expanduser() if chosen else Path.home() / ".build-prove-scale"
+    return Path(os.path.expanduser(chosen or "~/.build-prove-scale"))
 
 
 def load() -> Entries:
@@ -34,7 +34,11 @@ def load() -> Entries:
     """
     if not (home() / "record.jsonl").exists() and not (home() / "record.backup.jsonl").exists():
         return {}
-    with _lock():
+    try:
+        lock = _lock()
+    except RecordUnavailable:  # a folder that may only be read can still be read
+        return _read(home() / "record.backup.jsonl")[0] | _read(home() / "record.jsonl")[0]
+    with lock:
         return _load()
 
 
@@ -70,8 +74,9 @@ def _lock():
     except Timeout:
         text = f"The record in {home()} is locked by another process; this check is not recorded."
         raise RecordUnavailable(text) from None
-    except OSError as error:
-        text = f"The record in {home()} cannot be written ({error.strerror}): "
+    except (OSError, NotImplementedError) as error:  # the latter: a disk without locks
+        reason = getattr(error, "strerror", None) or error
+        text = f"The record in {home()} cannot be written ({reason}): "
         text += "set COURSE_HOME to a folder of yours. This check is not recorded."
         raise RecordUnavailable(text) from None
     return _Held(lock)
@@ -140,7 +145,8 @@ def _set_aside(path: Path) -> Path:
 
 def _write(path: Path, text: str) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+    # What UTF-8 cannot hold is written as JSON writes it.
+    with open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

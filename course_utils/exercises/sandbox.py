@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import io
 import json
 import linecache
 import os
-import pickle
 import queue
 import signal
 import subprocess
@@ -19,13 +19,15 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import cloudpickle
+import torch
 
 from .engine import WRONG, Exercise, TimeUp, Verdict, diagnose, kept_state, misfit
 from .source import functions_of
@@ -43,8 +45,8 @@ def time_limit() -> float:
         limit = float(text) if text else DEFAULT_LIMIT
     except ValueError:
         limit = -1.0
-    if not 0 < limit < float("inf"):
-        print(f"COURSE_TIME_LIMIT is {text!r}, not a number of seconds above 0: using 10.")
+    if not 0 < limit <= 86_400:
+        print(f"COURSE_TIME_LIMIT is {text!r}, not a number of seconds up to a day: using 10.")
         return DEFAULT_LIMIT
     return limit
 
@@ -86,9 +88,9 @@ class Sandbox:
                 start_new_session=True,
             )
             self.owner, self.replies, self.ready = os.getpid(), queue.Queue(), False
-            reader = threading.Thread(
-                target=_read, args=(self.process.stdout, self.replies), daemon=True
-            )
+            # Without its buffer, whose lock would be held for ever in a fork of this process.
+            replies, self.process.stdout = self.process.stdout.detach(), None
+            reader = threading.Thread(target=_read, args=(replies, self.replies), daemon=True)
             reader.start()
 
     def stop(self) -> None:
@@ -114,7 +116,10 @@ class Sandbox:
                         raise _Gone("start")
                     self.ready = True
                 send(self.process.stdin, request)
-                return self._next(request["limit"] + (5.0 if self.fork else 0.0))
+                reply = self._next(request["limit"] + (5.0 if self.fork else 0.0))
+                if "problem" in reply and not self.fork:  # what is broken stays so
+                    self.stop()
+                return reply
             except (_Gone, OSError) as gone:
                 self.stop()
                 problem = gone.args[0] if isinstance(gone, _Gone) and self.ready else "start"
@@ -148,7 +153,7 @@ def _read(stream, replies: queue.Queue) -> None:
         with stream:
             while True:
                 replies.put(receive(stream))
-    except (EOFError, OSError, ValueError, pickle.UnpicklingError):
+    except Exception:  # the other side is gone, or what came is no reply
         replies.put(None)
 
 
@@ -170,19 +175,20 @@ def judge(exercise: Exercise, candidate: Any, sandbox: Sandbox = SANDBOX) -> Ver
             with _time_up_after(limit):
                 body, sources = _packed(candidate), _sources(candidate)
         except Exception:  # what cannot be sent is judged here, with fewer safeguards
-            reply = _here(exercise, candidate, limit)
+            with sandbox.lock:
+                reply = _here(exercise, candidate, limit)
         else:
             request = {"slug": exercise.slug, "candidate": body, "sources": sources, "limit": limit}
             reply = sandbox.ask(request)
             if reply.get("problem") == "unpickle":
-                reply = _here(exercise, candidate, limit)
-    except (TimeUp, RecursionError):
+                with sandbox.lock:
+                    reply = _here(exercise, candidate, limit)
+    except TimeUp:
         reply = {"problem": "time"}
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        text = f"`{exercise.name}` could not be judged: handling it raised {type(error).__name__}."
-        return Verdict(WRONG, text)
+        reply = {"problem": "broken", "text": type(error).__name__}
     return _verdict(exercise, reply, limit)
 
 
@@ -203,6 +209,9 @@ def _verdict(exercise: Exercise, reply: dict, limit: float) -> Verdict:
         text = f"`{exercise.name}` could not be judged: the checking process did not start "
         text += f"({reply['text'] or 'no reason given'}). Your answer is not lost: check again, "
         text += "after `make env` if the reason is a missing package."
+    elif problem == "broken":
+        text = f"`{exercise.name}` could not be judged: reading what it is or did raised "
+        text += f"{reply['text']}. Does it change torch or Python itself, or return something odd?"
     elif reply.get("signal"):
         name = signal.Signals(reply["signal"]).name
         text = f"`{exercise.name}` ended the checking process ({name}): it used up the memory or "
@@ -228,10 +237,21 @@ def _packed(candidate: Any) -> bytes:
                 continue
             own.append(module)
     try:
-        return cloudpickle.dumps(candidate)
+        body = io.BytesIO()
+        _Pickler(body).dump(candidate)
+        return body.getvalue()
     finally:
         for module in own:
             cloudpickle.unregister_pickle_by_value(module)
+
+
+class _Pickler(cloudpickle.Pickler):
+    """Knows modules that are objects of a class of their own, as torch.backends.cudnn."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if issubclass(type(value), ModuleType) and type(value) is not ModuleType:
+            return import_module, (value.__name__,)
+        return super().reducer_override(value)
 
 
 def _installed(name: str, module: ModuleType) -> bool:
@@ -264,7 +284,9 @@ def _here(exercise: Exercise, candidate: Any, limit: float) -> dict:
     from .worker import CappedText
 
     printed = CappedText(MAX_PRINTED)
-    with kept_state():
+    away = torch.get_default_device().type != "cpu"
+    with kept_state(), torch.inference_mode(False), torch.device("cpu") if away else nullcontext():
+        torch.set_default_dtype(torch.float32)  # as in the worker, whatever the learner chose
         sys.stdout = sys.stderr = printed
         with _time_up_after(limit):
             verdict = diagnose(exercise, candidate)

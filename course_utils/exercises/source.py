@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ast
 import builtins
+import dis
 import inspect
 import linecache
 import sys
 import textwrap
-from types import FunctionType, ModuleType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 
@@ -16,9 +17,22 @@ def functions_of(value: Any) -> list[FunctionType]:
     """The plain functions of a function or class, in the order in which they were written."""
     members = [value]
     if issubclass(type(value), type):
-        members = [getattr(member, "__func__", member) for member in vars(value).values()]
-    members = [inspect.unwrap(m) for m in members if type(m) is FunctionType]
+        own = type.__dict__["__dict__"].__get__(value)  # `vars` would ask the answer's metaclass
+        members = [m.__func__ if type(m) in _METHODS else m for m in own.values()]
+    members = [_unwrapped(m) for m in members if type(m) is FunctionType]
     return sorted(members, key=lambda function: function.__code__.co_firstlineno)
+
+
+_METHODS = (staticmethod, classmethod)
+
+
+def _unwrapped(function: FunctionType) -> FunctionType:
+    """What the decorators of `function` stand around."""
+    try:
+        inner = inspect.unwrap(function)
+    except ValueError:  # it wraps itself
+        return function
+    return inner if type(inner) is FunctionType else function
 
 
 def source_of(value: Any) -> str | None:
@@ -63,22 +77,54 @@ def _collect(value: Any, imports: list[str], definitions: dict[str, str], seen: 
         return False
     seen.add(value.__name__)
     space = functions_of(value)[0].__globals__
-    names = [node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)]
-    for name in dict.fromkeys(names):
-        if name in seen or name not in space or hasattr(builtins, name):
+    for name in global_names(source):
+        if name in seen or name not in space:
             continue
         used = space[name]
         home = getattr(used, "__module__", None)
         if isinstance(used, ModuleType):
             imports.append(f"import {used.__name__} as {name}\n")
-        elif isinstance(used, (int, float, str, bytes, bool, type(None))):
+        elif _is_literal(used):
             definitions[name] = f"{name} = {used!r}\n"
+        elif type(used) is float:  # infinite or NaN
+            definitions[name] = f"{name} = float('{used}')\n"
         elif isinstance(home, str) and home != "__main__" and _is_there(home, used):
             imports.append(f"from {home} import {used.__name__} as {name}\n")
-        else:
-            _collect(used, imports, definitions, seen)
+        elif _collect(used, imports, definitions, seen) and name != used.__name__:
+            definitions[name] = f"{name} = {used.__name__}\n"
     definitions[value.__name__] = source
     return True
+
+
+def global_names(source: str) -> list[str]:
+    """The names that a definition looks up outside itself; built-in ones left out.
+
+    Annotations do not count: this file and `mine` leave them unevaluated.
+    """
+    codes, found, defined = [compile(source, "<answer>", "exec")], [], []
+    for code in codes:  # grows: the code of each function and class inside
+        codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+        steps = list(dis.get_instructions(code))
+        defined.append({step.argval for step in steps if step.opname == "STORE_NAME"})
+        for step in steps:
+            inside = step.opname != "LOAD_GLOBAL" and step.argval in defined[-1]
+            if step.opname in _LOOK_UPS and not inside:
+                found.append(step.argval)
+    known = defined[0] | set(dir(builtins))
+    return [name for name in dict.fromkeys(found) if name not in known]
+
+
+_LOOK_UPS = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS")
+
+
+def _is_literal(value: Any) -> bool:
+    try:
+        return type(value) in _LITERALS and bool(ast.literal_eval(repr(value)) == value)
+    except Exception:
+        return False
+
+
+_LITERALS = (int, float, complex, str, bytes, bool, type(None), tuple, list, dict, set)
 
 
 def _is_there(module: str, value: Any) -> bool:

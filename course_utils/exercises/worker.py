@@ -36,7 +36,8 @@ class CappedText(io.TextIOBase):
     def write(self, text: str) -> int:
         self.total += len(text)
         if len(self.kept) < self.limit:
-            self.kept += text[: self.limit - len(self.kept)]
+            kept = text[: self.limit - len(self.kept)]
+            self.kept += kept.encode("utf-8", "backslashreplace").decode("utf-8")
         return len(text)
 
 
@@ -66,12 +67,12 @@ def _exactly(stream: BinaryIO, count: int) -> bytes:
 def evaluate(request: dict) -> dict:
     """Judges the answer in this process: {"verdict": …, "printed": …, "characters": …}."""
     from . import registry
-    from .engine import MAX_PRINTED, WRONG, Verdict, diagnose, kept_state
+    from .engine import MAX_PRINTED, diagnose, kept_state
 
     printed = CappedText(MAX_PRINTED)
-    with kept_state():
-        sys.stdout = sys.stderr = printed
-        try:
+    try:
+        with kept_state():
+            sys.stdout = sys.stderr = printed
             for name, lines in request["sources"].items():
                 linecache.cache[name] = (sum(map(len, lines)), None, lines, name)
             try:
@@ -79,19 +80,23 @@ def evaluate(request: dict) -> dict:
             except Exception:
                 return {"problem": "unpickle"}
             verdict = diagnose(registry()[request["slug"]], candidate)
-        except BaseException as error:
-            text = f"The answer could not be judged: {type(error).__name__}: {error}"
-            verdict = Verdict(WRONG, text[:500])
+    except BaseException as error:
+        return {"problem": "broken", "text": type(error).__name__}
     return {"verdict": verdict, "printed": printed.kept, "characters": printed.total}
 
 
-def _child(request: dict, pipe: int) -> None:
-    """Runs in a forked child; never returns."""
+def _child(request: dict, pipe: int, others: tuple[int, ...]) -> None:
+    """Runs in a forked child; never returns. `others`: open files that are not an answer's."""
     try:
         os.setsid()
+        for other in others:
+            os.close(other)
         _limit(request["limit"])
         own = os.getpid()
-        reply = pickle.dumps(evaluate(request))
+        try:
+            reply = pickle.dumps(evaluate(request))
+        except BaseException as error:
+            reply = pickle.dumps({"problem": "broken", "text": type(error).__name__})
         if os.getpid() == own:  # not in a process that the answer forked
             with os.fdopen(pipe, "wb") as stream:
                 stream.write(struct.pack("<Q", len(reply)) + reply)
@@ -111,14 +116,13 @@ def _limit(seconds: float) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
-def _in_child(request: dict, requests: BinaryIO) -> dict:
+def _in_child(request: dict, requests: BinaryIO, replies: BinaryIO) -> dict:
     """Judges in a forked child that is killed when its time is over."""
     end = time.monotonic() + request["limit"]
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
-        os.close(reading)
-        _child(request, writing)
+        _child(request, writing, (reading, requests.fileno(), replies.fileno()))
     os.close(writing)
     answer, reply = b"", {"problem": "died"}
     while True:
@@ -132,9 +136,13 @@ def _in_child(request: dict, requests: BinaryIO) -> dict:
         piece = os.read(reading, 1 << 16)
         answer += piece
         if len(answer) >= 8 and len(answer) - 8 == struct.unpack("<Q", answer[:8])[0]:
-            reply = pickle.loads(answer[8:])
+            try:
+                reply = pickle.loads(answer[8:])
+            except Exception:  # the answer wrote into the pipe too
+                pass
             break
         if not piece:
+            _let_end(pid)
             break
     os.close(reading)
     for kill, target in ((os.killpg, pid), (os.kill, pid)):
@@ -146,6 +154,14 @@ def _in_child(request: dict, requests: BinaryIO) -> dict:
     if reply == {"problem": "died"}:
         reply["signal"] = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
     return reply
+
+
+def _let_end(pid: int) -> None:
+    """Waits a second at most, so that a process that ends by itself is not said to be killed."""
+    for _ in range(100):
+        if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            return
+        time.sleep(0.01)
 
 
 def _import_all() -> None:
@@ -181,7 +197,7 @@ def main(fork: bool) -> None:
             request = receive(requests)
         except EOFError:
             return
-        reply = _in_child(request, requests) if fork else evaluate(request)
+        reply = _in_child(request, requests, replies) if fork else evaluate(request)
         if reply == {"problem": "abandoned"}:
             return
         send(replies, reply)
