@@ -261,3 +261,11 @@ def test_html_is_escaped_and_needs_no_page_colour():
     assert "<code>a &lt; b</code>" in html
     assert "background" not in html and "color:#000" not in html
     assert "characters more" in as_text(exercise, verdict)
+
+
+def test_an_answer_without_a_text_gives_the_reference_and_says_so(capsys):
+    reference = registry()["unbroadcast"].reference
+    course_utils.check("unbroadcast", lambda grad, shape: reference(grad, shape))
+    mine = importlib.import_module("course_utils.mine")
+    assert mine.unbroadcast is reference
+    assert "its text could not be recorded" in capsys.readouterr().out

@@ -179,7 +179,7 @@ def describe(seen: Any) -> str:
     if isinstance(seen, np.ndarray):
         return f"ndarray of shape {seen.shape}, {seen.dtype}"
     if isinstance(seen, tuple) and all(isinstance(item, (int, float, str)) for item in seen):
-        return repr(seen)[:60]
+        return _short(repr(seen), 60)
     if isinstance(seen, tuple):
         inside = ", ".join(describe(item) for item in seen[:4])
         return f"{len(seen)} value{'' if len(seen) == 1 else 's'} ({inside})"
@@ -188,6 +188,10 @@ def describe(seen: Any) -> str:
     if isinstance(seen, dict):
         return f"dict with keys {', '.join(list(seen)[:6])}"
     return _clean(str(seen) if isinstance(seen, (SeenTensor, SeenObject)) else repr(seen))[:200]
+
+
+def _short(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
 
 
 def _clean(text: str) -> str:
@@ -295,7 +299,8 @@ def _worst(want, have, rtol, atol) -> tuple[str, tuple]:
     error = torch.where(bad, (have - want).abs().nan_to_num(torch.inf), -1.0).flatten()
     order = error.argsort(descending=True, stable=True)[: min(3, int(bad.sum()))]
     places = [tuple(map(int, np.unravel_index(int(i), tuple(want.shape)))) for i in order]
-    worst = tuple((place, want[place].item(), have[place].item()) for place in places)
+    # Adding 0 makes 0 out of -0, which nobody needs to see.
+    worst = tuple((place, want[place].item() + 0, have[place].item() + 0) for place in places)
     sentence = (
         f"has {int(bad.sum())} wrong value{'s' if bad.sum() > 1 else ''} out of {bad.numel()}"
     )
@@ -391,7 +396,7 @@ class Observer:
             raise
         except BaseException as error:  # sys.exit() and the like are observations too
             self.seen[name]["raised"] = _raised(
-                error, self._arguments[:200], self.name, self.exercise
+                error, _short(self._arguments, 200), self.name, self.exercise
             )
         if self.like is not None:
             pair = {name: self.like.get(name, {})}, {name: self.seen[name]}
