@@ -110,16 +110,17 @@ def lab(argv: list[str]) -> int:
         _fetch()
     except Stop as stop:
         _tell(stop)  # the first chapters work without it
+    copies = ROOT / "work"
     try:
-        for sentence in refresh(ROOT / "notebooks", ROOT / "work"):
+        for sentence in refresh(ROOT / "notebooks", copies):
             print(sentence, flush=True)
     except OSError as error:
         return _tell(Stop(f"Your copies in the work folder cannot be brought up to date: {error}"))
     command = [_python(), "-m", "jupyterlab", "--log-level=WARN", "--ServerApp.answer_yes=True"]
     command.append(f"--ServerApp.root_dir={ROOT}")
-    first = sorted(path.name for path in (ROOT / "work").glob("*.ipynb"))[:1]
+    first = sorted(path.name for path in copies.glob("*.ipynb"))[:1]
     if first and not any(argument.endswith(".ipynb") for argument in argv):
-        command.append(f"--LabApp.default_url=/lab/tree/work/{first[0]}")
+        command.append(f"--LabApp.default_url=/lab/tree/{copies.name}/{first[0]}")
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         command.append("--allow-root")  # in a container there is often no other user
     print("Starting JupyterLab; its address follows. Ctrl-C here ends it.", flush=True)

