@@ -2046,6 +2046,9 @@ def _observe_hessian_vector_product(hessian_vector_product, see):
         see("x.grad, which was ones before", x.grad)
         see.fact("parameters inside f receive no gradient", w.grad is None)
         see.fact("x still requires a gradient afterwards", x.requires_grad)
+    with see.probe("f(x) = sum(cos(40 * x)), x of shape (3,), which bends fast"):
+        x, v = see.randn(3), see.randn(3)
+        see.call("H v", hessian_vector_product, lambda x: torch.cos(40 * x).sum(), x, v)
     with see.probe("f(x) = sum(sin(x) * flip(x)), x of shape (7, 6): how large the tensors get"):
         x, v = see.randn(7, 6), see.randn(7, 6)
         with _Largest() as largest:
@@ -2063,6 +2066,14 @@ def _hvp(second: Callable) -> Callable:
         return second(grad, x, v).detach()
 
     return hessian_vector_product
+
+
+def _hvp_by_differences(f, x, v):
+    def gradient(point):
+        point = point.detach().requires_grad_()
+        return torch.autograd.grad(f(point), point)[0]
+
+    return (gradient(x + 1e-5 * v) - gradient(x - 1e-5 * v)) / 2e-5
 
 
 def _hvp_by_backward(f, x, v):
@@ -2126,6 +2137,12 @@ HESSIAN_VECTOR_PRODUCT = Exercise(
     reference=reference.hessian_vector_product,
     observe=_observe_hessian_vector_product,
     misconceptions=(
+        Misconception(
+            "difference_of_gradients",
+            _hvp_by_differences,
+            "You compare the gradients at two points near x. That is close where f bends slowly "
+            "and off where it bends fast; differentiating the gradient a second time is exact.",
+        ),
         Misconception(
             "gradient_times_v",
             _hvp(lambda grad, x, v: grad * v),
@@ -2269,12 +2286,18 @@ def _observe_clip_grad_norm(clip_grad_norm, see):
         ("a norm below the limit", ((2, 3), (3,)), 0.1, 2.5),
         ("one tensor of shape (2, 3, 2), just above the limit", ((2, 3, 2),), 1.0, 3.0),
         ("all gradients zero", ((2, 2), (3,)), 0.0, 1.0),
+        ("together above the limit, one of them below it", ((2, 3), (5,)), 0.5, 1.5),
+        ("together above the limit, each of them below it", ((2, 3), (5,), (3, 2)), 0.2, 5.0),
     )
     for name, shapes, scale, max_norm in cases:
         with see.probe(f"{name}, max_norm = {max_norm}"):
             grads = [scale * 3**i * see.randn(*shape) for i, shape in enumerate(shapes)]
             if len(grads) == 1:
                 grads = [grads[0] * 3.3 / grads[0].norm()]
+            if name.startswith("together"):  # norms of 0.8, 1.2, … times the limit, or 0.8 each
+                share = 0.4 if "one of" in name else 0.0
+                norms = [(0.8 + share * i) * max_norm for i in range(len(grads))]
+                grads = [g * norm / g.norm() for g, norm in zip(grads, norms, strict=True)]
             before = [grad.clone() for grad in grads]
             result = clip_grad_norm(grads[:], max_norm)
             pair = isinstance(result, (tuple, list)) and len(result) == 2
@@ -2362,6 +2385,34 @@ CLIP_GRAD_NORM = Exercise(
             _clip_each,
             "You clip each tensor by its own norm. That changes the ratios between them, and so "
             "the direction of the step; one factor for all keeps the direction.",
+        ),
+        Misconception(
+            "only_tensors_above_the_limit",
+            lambda grads, max_norm: (
+                [
+                    grad * (max_norm / (_norm(grads) + 1e-6))
+                    if grad.norm() > max_norm
+                    else 1 * grad
+                    for grad in grads
+                ],
+                _norm(grads),
+            ),
+            "You shorten only those tensors whose own norm is above the limit. The limit is for "
+            "all elements together: a gradient may be too long though each of its tensors is "
+            "short, and shortening some of them changes the direction of the step.",
+        ),
+        Misconception(
+            "asks_the_largest_tensor",
+            lambda grads, max_norm: (
+                [
+                    grad * (max_norm / (_norm(grads) + 1e-6) if largest > max_norm else 1.0)
+                    for largest in [max(grad.norm() for grad in grads)]
+                    for grad in grads
+                ],
+                _norm(grads),
+            ),
+            "You clip when the largest tensor's norm is above the limit. Many short tensors can be "
+            "long together; it is the norm of all of them that has to be compared with max_norm.",
         ),
         Misconception(
             "clips_values",

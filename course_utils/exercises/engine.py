@@ -425,10 +425,9 @@ class Observer:
 
     def call(self, label: str, function: Callable, *args, may_modify: bool = False, **kwargs):
         """Calls the answer, records what it returns and that its arguments were left alone."""
-        self._arguments = "on " + ", ".join(
-            [describe(snapshot(arg)) for arg in args]
-            + [f"{key}={describe(snapshot(value))}" for key, value in kwargs.items()]
-        )
+        given = [describe(snapshot(arg)) for arg in args]
+        given += [f"{key}={describe(snapshot(value))}" for key, value in kwargs.items()]
+        self._arguments = f"on {', '.join(given)}" if given else "without arguments"
         inputs = list(_tensors((args, kwargs)))
         before = [tensor.detach().clone() for tensor in inputs]
         result = function(*args, **kwargs)
