@@ -22,7 +22,7 @@ WINDOWS = os.name == "nt"
 
 # Settings that would send packages elsewhere than into .venv, or take them from elsewhere
 # than the index. Indexes, proxies and certificates of the machine stay as they are.
-_MISLEADING = (
+MISLEADING = (
     "PYTHONHOME PYTHONPATH VIRTUAL_ENV CONDA_PREFIX UV_PYTHON UV_SYSTEM_PYTHON UV_FIND_LINKS "
     "UV_CONSTRAINT UV_OVERRIDE UV_TARGET UV_PREFIX UV_TORCH_BACKEND UV_RESOLUTION UV_PRERELEASE "
     "UV_NO_DEPS UV_REQUIRE_HASHES PIP_TARGET PIP_PREFIX PIP_ROOT PIP_USER PIP_CONSTRAINT "
@@ -302,7 +302,7 @@ def _pip() -> list[str]:
 
 
 def _environment() -> dict:
-    kept = {name: value for name, value in os.environ.items() if name not in _MISLEADING}
+    kept = {name: value for name, value in os.environ.items() if name not in MISLEADING}
     # Overrides `find-links` of a pip.conf, which could offer another build of a locked version;
     # an empty value would not, and one with a space in it would be split.
     kept["PIP_FIND_LINKS"] = ".venv"

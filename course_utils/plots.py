@@ -33,6 +33,7 @@ BLUE, ORANGE, GREEN, PURPLE, VERMILION = COLOURS[:5]
 GREY = "#9A9A9A"
 MARKERS = "osD^vPX*"  # a second way, beside the colour, to tell lines apart
 WIDTH, HEIGHT = 6.0, 3.0  # inches, the most a figure takes
+MIN_PITCH = 8  # pixels from one small label to the next, the least that can be read
 STYLE = {
     "axes.axisbelow": True,
     "axes.grid": True,
@@ -67,23 +68,36 @@ def show(fig: Figure, *, caption: str, alt: str) -> None:
     `<img alt>`; JupyterLab 4.6 makes none, which is why the caption carries them. Raises ValueError
     where `caption` or `alt` is empty.
     """
+    _check_words(caption, alt)
+    png = _png(fig)
+    if "matplotlib.pyplot" in sys.modules:
+        sys.modules["matplotlib.pyplot"].close(fig)  # else the inline backend shows it once more
+    _display(png, caption, alt)
+
+
+def _check_words(caption: str, alt: str) -> None:
     for name, text in (("caption", caption), ("alt", alt)):
         if not isinstance(text, str) or not text.strip():
             raise ValueError(
                 f"A figure needs {name}= in words, but got {text!r}: "
                 "caption says what to look at, alt says what the figure shows."
             )
+
+
+def _display(png: bytes, caption: str, alt: str, view: Mapping | None = None) -> None:
+    """Show a PNG and its words; with `view`, a widget where a front end can draw it."""
     from IPython import get_ipython
     from IPython.display import display
 
-    png = _png(fig)
-    if "matplotlib.pyplot" in sys.modules:
-        sys.modules["matplotlib.pyplot"].close(fig)  # else the inline backend shows it once more
     if get_ipython() is None:
         print(f"Figure: {alt}\nLook at: {caption}")
         return
     display(
-        {"image/png": base64.b64encode(png).decode(), "text/plain": f"Figure: {alt}"},
+        {
+            **(view or {}),
+            "image/png": base64.b64encode(png).decode(),
+            "text/plain": f"Figure: {alt}",
+        },
         metadata={"image/png": {"alt": alt}},
         raw=True,
     )
@@ -180,6 +194,9 @@ def lines(
         ax.set(yscale="log" if logy else "linear", **({"ylim": ylim} if ylim else {}))
         if not logx and all(not isinstance(curve, tuple) for curve in curves.values()):
             ax.xaxis.set_major_locator(MaxNLocator(integer=True))  # epochs are counted
+        if logx and len(x) <= 8 and x.max() < 100 * x.min():  # else labels overlap
+            ax.set_xticks(x, [f"{value:,g}" for value in x])
+            ax.minorticks_off()
         if len(curves) > 1 and not shared:
             ax.legend()
     if shared:
@@ -396,6 +413,246 @@ def _write_numbers(ax, image, cells, fmt: str, colours=None) -> None:
             dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
             ax.text(column, row, text, ha="center", va="center", fontsize=7,
                     color="white" if dark else "black")  # fmt: skip
+
+
+@_styled
+def attention_heads(
+    weights,
+    keys: Sequence[str],
+    queries: Sequence[str] | None = None,
+    *,
+    caption: str,
+    alt: str,
+    titles: Sequence[str] | None = None,
+    columns: int | None = None,
+    xlabel: str = "key",
+    ylabel: str = "query",
+) -> None:
+    """Attention weights (heads, query, key), a small heatmap for each head; dark is large.
+
+    `keys` labels the columns, `queries` the rows (None: the keys again); a matrix (query, key) is
+    one head. All have one scale, from 0 to the largest weight. `titles` has one string a head
+    (None: "head 0" and so on). Raises ValueError where numbers and labels do not fit, and where
+    labels would stand too close to be read: 12 heads of 7 short tokens have room, 6 of 9, 4 of 10,
+    3 of 13, 1 or 2 of 20, or 1 head of 15 queries and 40 keys.
+    """
+    maps, keys, queries = _attention(weights, keys, queries)
+    count, n, m = maps.shape
+    titles = [f"head {i}" for i in range(count)] if titles is None else list(titles)
+    if len(titles) != count:
+        raise ValueError(f"There are {count} heads and {len(titles)} titles.")
+    columns = columns or (count if count <= 4 else math.ceil(count / 2))
+    rows = math.ceil(count / columns)
+    upright = max(map(len, keys)) == 1
+    # Inches beside the panels: labels, names of the axes, the scale; labels, name, titles.
+    aside = 1.2 + 0.055 * max(map(len, queries))
+    above = 0.3 + 0.2 * rows + (0.1 if upright else 0.055 * max(map(len, keys)))
+    cell = min((WIDTH - aside) / (columns * m), (HEIGHT - above) / (rows * n), 0.28)
+    width, height = max(aside + cell * columns * m, 2.6), max(above + cell * rows * n, 1.2)
+    fig = Figure(figsize=(min(width, WIDTH), min(height, HEIGHT)))
+    axes = fig.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    for i, ax in enumerate(axes.flat):
+        if i >= count:
+            ax.set_axis_off()
+            continue
+        image = _attention_panel(ax, maps[i], keys, queries, maps.max())
+        ax.set_title(titles[i], fontsize=8, pad=3)
+        if i + columns >= count:  # the lowest of its column
+            ax.xaxis.set_tick_params(labelbottom=True)
+    fig.supxlabel(xlabel, fontsize=8)
+    fig.supylabel(ylabel, fontsize=8)
+    fig.colorbar(image, ax=axes, label="weight", ticks=MaxNLocator(4))
+    fig.get_layout_engine().set(w_pad=0.03, h_pad=0.02, wspace=0.02, hspace=0.02)
+    _check_pitch(fig, axes[0, 0], n, m, count)
+    show(fig, caption=caption, alt=alt)
+
+
+def attention_explorer(
+    attention: Mapping[str, tuple[Sequence[str], object]],
+    *,
+    caption: str,
+    alt: str,
+    layer: int = 0,
+    head: int = 0,
+) -> None:
+    """Attention weights to walk through: a menu of sentences, a slider for layer and for head.
+
+    `attention` maps each sentence to its tokens, n strings, and its weights (layers, heads, n, n);
+    layers and heads are counted from 0, as in `encoder.layer.0`. The chosen head is drawn large,
+    all heads of its layer small beside it. What is stored in a notebook, and shown where there is
+    no kernel or no ipywidgets, is the picture of the first sentence at `layer` and `head`, which
+    `alt` describes. Raises ValueError where numbers and labels do not fit, and for more than 20
+    tokens, which could not be read.
+    """
+    _check_words(caption, alt)
+    attention = {
+        sentence: _attention_layers(sentence, tokens, weights)
+        for sentence, (tokens, weights) in attention.items()
+    }
+    if len({weights.shape[:2] for _, weights in attention.values()}) != 1:
+        raise ValueError("Give at least one sentence, and all with the same layers and heads.")
+    tokens, weights = next(iter(attention.values()))
+    if not (0 <= layer < len(weights) and 0 <= head < weights.shape[1]):
+        raise ValueError(
+            f"There is no layer {layer} with a head {head}: the weights have {len(weights)} layers "
+            f"of {weights.shape[1]} heads, counted from 0."
+        )
+    png, view = _explorer_png(tokens, weights[layer], layer, head), None
+    from IPython import get_ipython
+
+    if getattr(get_ipython(), "kernel", None) is None:
+        caption += " In a notebook you choose sentence, layer and head."
+    else:
+        try:
+            view = _widget_view(_explorer(attention, layer, head))
+            caption += " Run this cell to choose sentence, layer and head."
+        except ImportError:
+            caption += " With ipywidgets installed you choose sentence, layer and head."
+    _display(png, caption, alt, view)
+
+
+def _widget_view(widget) -> dict:
+    """What a front end needs to draw a widget; one without widgets draws the PNG beside it."""
+    return {
+        "application/vnd.jupyter.widget-view+json": {
+            "model_id": widget.model_id,
+            "version_major": 2,
+            "version_minor": 0,
+        }
+    }
+
+
+def _explorer(attention: Mapping, layer: int, head: int):
+    """The widget of `attention_explorer`: controls, the picture, and the picture in words."""
+    import ipywidgets as widgets
+
+    first, (_, weights) = next(iter(attention.items()))
+
+    def slider(name: str, value: int, count: int):
+        return widgets.IntSlider(value, 0, count - 1, description=name, continuous_update=False)
+
+    sentence = widgets.Dropdown(
+        options=list(attention), value=first, description="sentence", layout={"width": "480px"}
+    )
+    layers, heads = slider("layer", layer, len(weights)), slider("head", head, weights.shape[1])
+    picture = widgets.Image(format="png", layout={"width": "480px"})  # else it is stretched
+    words = widgets.HTML()
+
+    def draw(_=None) -> None:
+        tokens, weights = attention[sentence.value]
+        chosen = weights[layers.value]
+        picture.value = _explorer_png(tokens, chosen, layers.value, heads.value)
+        words.value = (
+            f"<details><summary>Layer {layers.value}, head {heads.value} in words</summary>"
+            f"{html.escape(_in_words(tokens, chosen[heads.value]))}</details>"
+        )
+
+    draw()
+    for control in (sentence, layers, heads):
+        control.observe(draw, names="value")
+    return widgets.VBox([sentence, widgets.HBox([layers, heads]), picture, words])
+
+
+def _in_words(tokens: Sequence[str], weights) -> str:
+    """Where each token looks most."""
+    best = weights.argmax(axis=1)
+    return "The largest weight of each token: " + "; ".join(
+        f"{token} → {tokens[k]} {weights[i, k]:.2f}"
+        for i, (token, k) in enumerate(zip(tokens, best, strict=True))
+    )
+
+
+@_styled
+def _explorer_png(tokens: Sequence[str], weights, layer: int, head: int) -> bytes:
+    """Left the chosen head with its tokens, right all heads (heads, n, n), each on its scale."""
+    heads, n, _ = weights.shape
+    fig = Figure()
+    left, right = fig.subplots(1, 2, width_ratios=(1, 1))
+    image = _attention_panel(left, weights[head], tokens, tokens, weights[head].max())
+    left.set_title(f"layer {layer}, head {head}", pad=3)
+    left.set_xlabel("key", fontsize=8)
+    left.set_ylabel("query", fontsize=8)
+    fig.colorbar(image, ax=left, label="weight", ticks=MaxNLocator(4))
+
+    columns = math.ceil(math.sqrt(heads * 4 / 3))
+    gap = 0.3 * n  # above each small map, for its number
+    for i, one in enumerate(weights):
+        x, y = i % columns * (n + gap / 2), i // columns * (n + gap)
+        right.imshow(one, extent=(x, x + n, y + n, y), cmap="Blues", vmin=0, vmax=one.max() or 1)
+        right.text(x, y - gap / 8, str(i), fontsize=7, va="bottom",
+                   fontweight="bold" if i == head else "normal")  # fmt: skip
+        right.add_patch(
+            matplotlib.patches.Rectangle((x, y), n, n, fill=False, clip_on=False,
+                                         edgecolor=VERMILION if i == head else GREY,
+                                         linewidth=2 if i == head else 0.5)
+        )  # fmt: skip
+    right.set(
+        xlim=(0, columns * (n + gap / 2)),
+        ylim=(math.ceil(heads / columns) * (n + gap) - gap, -gap),
+    )
+    right.set_axis_off()
+    right.set_anchor("N")
+    right.set_title(f"all heads of layer {layer}", pad=3)
+    return _png(fig)
+
+
+def _attention(weights, keys: Sequence[str], queries: Sequence[str] | None):
+    """Weights as an array (heads, query, key), and both lists of labels, long ones cut."""
+    maps = numbers = _numbers(weights)
+    if maps.ndim == 2:
+        maps = maps[None]
+    keys, queries = _labels(keys), _labels(keys if queries is None else queries)
+    if maps.ndim != 3 or maps.shape[1:] != (len(queries), len(keys)) or 0 in maps.shape:
+        raise ValueError(
+            f"weights has the shape {numbers.shape}, and there are {len(queries)} "
+            f"queries and {len(keys)} keys: give (heads, query, key) and a label for each."
+        )
+    return maps, keys, queries
+
+
+def _attention_layers(sentence: str, tokens: Sequence[str], weights):
+    tokens, maps = _labels(tokens), _numbers(weights)
+    if maps.ndim != 4 or maps.shape[2:] != (len(tokens), len(tokens)) or 0 in maps.shape:
+        raise ValueError(
+            f"The weights of {sentence!r} have the shape {maps.shape}, and it has {len(tokens)} "
+            "tokens: give (layers, heads, tokens, tokens)."
+        )
+    if len(tokens) > 20:
+        raise ValueError(
+            f"{sentence!r} has {len(tokens)} tokens; 20 is the most that can be read in the "
+            "picture: give a shorter sentence."
+        )
+    return tokens, maps
+
+
+def _labels(tokens: Sequence[str]) -> list[str]:
+    names = [str(token) for token in tokens]
+    return [name if len(name) <= 12 else f"{name[:11]}…" for name in names]
+
+
+def _attention_panel(ax, weights, keys: Sequence[str], queries: Sequence[str], largest: float):
+    image = ax.imshow(weights, cmap="Blues", vmin=0, vmax=largest or 1, aspect="auto")
+    turned = 0 if max(map(len, keys)) == 1 else 90
+    ax.set_xticks(range(len(keys)), keys, fontsize=7, rotation=turned)
+    ax.set_yticks(range(len(queries)), queries, fontsize=7)
+    ax.tick_params(length=0, pad=2)
+    ax.grid(visible=False)
+    ax.spines[:].set(visible=True, color=GREY, linewidth=0.5)
+    return image
+
+
+def _check_pitch(fig: Figure, ax, n: int, m: int, heads: int) -> None:
+    """Raise ValueError where labels of a drawn panel would stand too close to be read."""
+    fig.set_dpi(STYLE["savefig.dpi"])
+    FigureCanvasAgg(fig).draw()  # the layout is settled now
+    box = ax.get_window_extent()
+    for name, size, count in (("key", box.width, m), ("query", box.height, n)):
+        if count > 1 and size / count < MIN_PITCH:
+            raise ValueError(
+                f"{heads} heads with {count} labels on the {name} axis do not fit into 6 × 3 "
+                f"inches: the labels would stand {size / count:.1f} pixels apart; {MIN_PITCH} is "
+                "the least that can be read. Show fewer heads or a shorter sentence."
+            )
 
 
 @_styled

@@ -1,4 +1,4 @@
-"""The digits: the right pixels, whole files only, no network in the quick profile."""
+"""The digits: the right pixels, whole files only, no network in the quick profile; fetch_all."""
 
 import gzip
 import hashlib
@@ -190,18 +190,36 @@ def test_where_the_cache_is(monkeypatch, tmp_path, platform, variable, expected)
     assert assets.cache_dir() == tmp_path / expected
 
 
-def test_fetch_all_makes_the_quick_profile_whatever_is_asked_for_elsewhere(monkeypatch, cache):
+def test_fetch_all_makes_the_quick_profile_whatever_is_asked_for_elsewhere(
+    monkeypatch, cache, capsys
+):
     monkeypatch.setenv("COURSE_PROFILE", "full")
+    monkeypatch.setattr(data, "encoder_path", lambda profile: f"the {profile} encoder")
     data.fetch_all()
+    assert capsys.readouterr().out == f"Digits: {cache / 'quick'}\nEncoder: the quick encoder\n"
     raw = cache / "quick" / "MNIST" / "raw"
     assert {name: assets.sha256(raw / name) for name in NAMES} == digits.DIGESTS["quick"]
     assert not (cache / "full").exists()
 
 
+def test_fetch_all_fetches_what_it_can_and_ends_with_the_sentences_of_the_rest(monkeypatch, cache):
+    def fail(profile):
+        raise RuntimeError("No encoder: check the network.")
+
+    monkeypatch.setattr(data, "encoder_path", fail)
+    with pytest.raises(SystemExit, match="^No encoder: check the network.$"):
+        data.fetch_all()
+    assert (cache / "quick" / "MNIST" / "raw" / NAMES[3]).is_file()
+    monkeypatch.setattr(data, "mnist_root", fail)
+    with pytest.raises(SystemExit, match="^(No encoder: check the network.\n?){2}$"):
+        data.fetch_all()
+
+
 def test_nothing_heavy_is_imported_and_nothing_made_before_it_is_asked_for(cache):
+    heavy = {"torch", "torchvision", "transformers", "huggingface_hub", "sklearn", "numpy"}
     code = (
         "import sys, course_utils.data\n"
-        "heavy = {'torch', 'torchvision', 'sklearn', 'numpy'} & set(sys.modules)\n"
+        f"heavy = {heavy} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -2,6 +2,9 @@
 
 import io
 import itertools
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import matplotlib
 import nbformat
@@ -11,7 +14,8 @@ from nbclient import NotebookClient
 from PIL import Image
 from torch import nn
 
-from course_utils import plots
+from course_utils import notebooks, plots
+from course_utils.notebook_rules import check
 
 WORDS = {"caption": "the < sign", "alt": "two curves & a dot"}
 
@@ -163,6 +167,190 @@ def test_a_confusion_matrix_colours_the_mistakes_only(shown):
         plots.confusion_matrix(counts[:2], **WORDS)
 
 
+def _maps(*shape):
+    return torch.softmax(torch.arange(float(torch.Size(shape).numel())).sin().view(shape), -1)
+
+
+def test_attention_heads(shown):
+    maps = _maps(5, 3, 4)
+    plots.attention_heads(
+        maps.requires_grad_(), ["der", "Hund", "bellt", "."], ["the", "dog", "barks"], **WORDS
+    )
+    *panels, rest, bar = shown[0].axes
+    assert len(panels) == 5 and not rest.images and bar.get_ylabel() == "weight"
+    for i, (ax, one) in enumerate(zip(panels, maps, strict=True)):
+        assert ax.images[0].get_array().tolist() == one.tolist()
+        assert ax.images[0].get_clim() == (0, maps.max()), (
+            "one scale, so that heads can be compared"
+        )
+        assert ax.get_title() == f"head {i}"
+        below, beside = (
+            [label.get_text() for label in labels if label.get_visible() and label.get_text()]
+            for labels in (ax.get_xticklabels(), ax.get_yticklabels())
+        )
+        assert below == (["der", "Hund", "bellt", "."] if i >= 2 else []), "the lowest ones only"
+        assert beside == (["the", "dog", "barks"] if i % 3 == 0 else [])
+    assert {"key", "query"} <= set(texts(shown[0]))
+
+
+def test_attention_heads_of_one_map_with_its_own_titles(shown):
+    tokens = ["a", "translation", "incomprehensible"]
+    plots.attention_heads(_maps(3, 3), tokens, titles=["layer 2"], **WORDS, xlabel="input")
+    ax, _ = shown[0].axes
+    assert ax.get_title() == "layer 2" and "input" in texts(shown[0])
+    assert [text.get_text() for text in ax.get_yticklabels()] == [
+        "a",
+        "translation",
+        "incomprehen…",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("heads", "queries", "keys"),
+    [(12, 7, 7), (6, 9, 9), (4, 10, 10), (3, 13, 13), (2, 20, 20), (1, 20, 20), (1, 15, 40)],
+)
+def test_attention_heads_have_room_for_what_the_docstring_says(shown, heads, queries, keys):
+    plots.attention_heads(
+        _maps(heads, queries, keys), ["token"] * keys, ["token"] * queries, **WORDS
+    )
+    ax = shown[0].axes[0]
+    box = ax.get_window_extent()
+    assert min(box.width / keys, box.height / queries) >= plots.MIN_PITCH
+    names = [text for text in ax.get_yticklabels() if text.get_visible()]
+    extents = [text.get_window_extent() for text in names]
+    for above, below in itertools.pairwise(extents):
+        assert above.y0 - below.y1 > -1.5, "labels lie on one another"
+    assert min(box.x0 for box in extents) >= 0, "cut off at the rim"
+
+
+def test_attention_heads_say_what_does_not_fit(shown):
+    for maps, keys in ((_maps(2, 3, 4), ["a"] * 3), (_maps(1, 2, 3, 3), ["a"] * 3)):
+        with pytest.raises(ValueError, match=r"give \(heads, query, key\) and a label for each"):
+            plots.attention_heads(maps, keys, **WORDS)
+    with pytest.raises(ValueError, match="There are 2 heads and 1 titles"):
+        plots.attention_heads(_maps(2, 3, 3), list("abc"), titles=["one"], **WORDS)
+    with pytest.raises(ValueError, match="12 heads with 14 labels on the key axis do not fit"):
+        plots.attention_heads(_maps(12, 14, 14), ["token"] * 14, **WORDS)
+    assert shown == []
+
+
+SENTENCES = {
+    "The cat sat.": (["the", "cat", "sat", "."], _maps(2, 5, 4, 4)),
+    "A < b": (["a", "<", "b"], _maps(2, 5, 3, 3).flip(0)),
+}
+
+
+def test_the_controls_of_the_explorer_change_the_picture_and_its_words():
+    box = plots._explorer(
+        {s: (tokens, maps.numpy()) for s, (tokens, maps) in SENTENCES.items()}, 1, 3
+    )
+    sentence, sliders, picture, words = box.children
+    layer, head = sliders.children
+    assert [c.description for c in (sentence, layer, head)] == ["sentence", "layer", "head"]
+    assert (layer.min, layer.value, layer.max) == (0, 1, 1)
+    assert (head.min, head.value, head.max) == (0, 3, 4)
+    seen = [bytes(picture.value)]
+    for control, value in ((head, 4), (layer, 0), (sentence, "A < b"), (head, 0)):
+        control.value = value
+        seen.append(bytes(picture.value))
+        png = Image.open(io.BytesIO(seen[-1]))
+        assert png.format == "PNG" and png.size == (480, 240) and len(seen[-1]) < 20_000
+        place = f"Layer {layer.value}, head {head.value} in words"
+        assert words.value.startswith(f"<details><summary>{place}</summary>")
+    assert len(set(seen)) == 5
+    best = SENTENCES["A < b"][1][0, 0].argmax(-1)
+    tokens = ["a", "&lt;", "b"]
+    assert f"{tokens[1]} → {tokens[best[1]]} " in words.value
+    head.value, layer.value, sentence.value = 3, 1, "The cat sat."
+    assert bytes(picture.value) == seen[0]
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_head_that_looks_nowhere_is_drawn_blank(shown):
+    plots.attention_heads(torch.zeros(2, 3, 3), list("abc"), **WORDS)
+    assert shown[0].axes[0].images[0].get_clim() == (0, 1)
+    assert plots._explorer_png(list("abc"), torch.zeros(2, 3, 3).numpy(), 0, 0)
+
+
+@pytest.fixture
+def displayed(monkeypatch):
+    """What the explorer hands to the front end: (png, caption, alt, view)."""
+    calls = []
+    monkeypatch.setattr(plots, "_display", lambda *call: calls.append(call))
+    return calls
+
+
+def test_the_explorer_without_a_front_end_or_ipywidgets_is_a_picture_and_a_sentence(
+    displayed, monkeypatch
+):
+    plots.attention_explorer(SENTENCES, **WORDS, layer=1)
+    monkeypatch.setattr("IPython.get_ipython", lambda: SimpleNamespace(kernel=object()))
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)  # its import fails
+    plots.attention_explorer(SENTENCES, **WORDS, layer=1)
+    for (png, caption, alt, view), told in zip(
+        displayed, ("In a notebook you", "With ipywidgets installed you"), strict=True
+    ):
+        assert png == displayed[0][0] and png.startswith(b"\x89PNG")
+        assert caption == f"the < sign {told} choose sentence, layer and head."
+        assert alt == WORDS["alt"] and view is None
+
+
+@pytest.mark.parametrize(
+    ("attention", "where", "told"),
+    [
+        ({}, {}, "at least one sentence"),
+        ({"a b": (["a", "b"], _maps(2, 5, 3, 3))}, {}, "the shape \\(2, 5, 3, 3\\), and it has 2"),
+        ({"a b": (["a", "b"], _maps(5, 2, 2))}, {}, "give \\(layers, heads, tokens, tokens\\)"),
+        ({"long": (["a"] * 21, _maps(1, 1, 21, 21))}, {}, "'long' has 21 tokens; 20 is the most"),
+        ({**SENTENCES, "c": (["c"], _maps(3, 5, 1, 1))}, {}, "all with the same layers and heads"),
+        (SENTENCES, {"layer": 2}, "no layer 2 with a head 0: the weights have 2 layers of 5 heads"),
+        (SENTENCES, {"head": -1}, "no layer 0 with a head -1"),
+    ],
+)
+def test_the_explorer_says_what_does_not_fit(displayed, attention, where, told):
+    with pytest.raises(ValueError, match=told):
+        plots.attention_explorer(attention, **WORDS, **where)
+    assert displayed == []
+
+
+EXPLORER = """import numpy as np
+from course_utils import plots
+
+tokens = ["the", "cat", "sat"]
+weights = np.arange(72.0).reshape(2, 4, 3, 3) / 72
+plots.attention_explorer({"The cat sat.": (tokens, weights)}, caption="the cat.", alt="two maps")"""
+
+
+def test_a_widget_is_stored_as_picture_and_sentence_and_stays_so(tmp_path, empty_record):
+    """A kernel gives a view of the widget; the file has none, and running again changes nothing."""
+    path = tmp_path / "explorer.ipynb"
+    cell = nbformat.v4.new_code_cell(EXPLORER, id="explore")
+    notebooks.write(nbformat.v4.new_notebook(cells=[cell]), path)
+    notebooks.run(path)
+    stored = path.read_bytes()
+    (cell,) = notebooks.read(path).cells
+    picture, caption = cell.outputs
+    assert set(picture.data) == {"image/png", "text/plain"}
+    assert picture.data["text/plain"] == "Figure: two maps"
+    assert caption.data["text/plain"] == (
+        "Look at: the cat. Run this cell to choose sentence, layer and head."
+    )
+    assert check([path]) == []
+    fresh = notebooks.execute(notebooks.read(path), tmp_path).notebook
+    view = fresh.cells[0].outputs[0].data["application/vnd.jupyter.widget-view+json"]
+    states = fresh.metadata.widgets["application/vnd.jupyter.widget-state+json"]["state"]
+    assert states[view["model_id"]]["model_name"] == "VBoxModel"
+    assert notebooks.compare(notebooks.read(path), fresh) == []
+    notebooks.write(notebooks.canonical(fresh), path)
+    assert path.read_bytes() == stored
+    command = [sys.executable, "-m", "pytest", "--nbval", "--nbval-current-env", "-q", "-p"]
+    done = subprocess.run(
+        [*command, "no:xdist", "-p", "no:cacheprovider", path.name], cwd=tmp_path,
+        env=notebooks.environment(empty_record), capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout[-3000:]
+
+
 @pytest.fixture
 def leaves():
     return torch.randn(3, requires_grad=True), torch.randn(2, 3, requires_grad=True)
@@ -233,8 +421,12 @@ def test_graph_says_why_there_is_none(leaves):
 
 @pytest.mark.parametrize("words", [{"caption": "", "alt": "a"}, {"caption": "c", "alt": " "}])
 def test_a_figure_without_words_is_refused(words):
-    with pytest.raises(ValueError, match=r"A figure needs (caption|alt)= in words"):
-        plots.lines({"a": [1.0, 2.0]}, "x", "y", **words)
+    for draw in (
+        lambda: plots.lines({"a": [1.0, 2.0]}, "x", "y", **words),
+        lambda: plots.attention_explorer(SENTENCES, **words),
+    ):
+        with pytest.raises(ValueError, match=r"A figure needs (caption|alt)= in words"):
+            draw()
 
 
 def test_the_readers_own_settings_stay_what_they_are(shown):

@@ -6,10 +6,13 @@ aside under another name, told in a sentence and made (or downloaded) anew; it i
 
 import hashlib
 import os
+import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 
 def cache_dir() -> Path:
@@ -37,10 +40,23 @@ def sha256(path: Path) -> str:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that a reader sees the old content or the new, never a part of it."""
+    with _replacing(path) as file:
+        file.write(content)
+
+
+def copy_atomically(source: Path, path: Path) -> None:
+    """Copy a file in the same way. A link would be damaged together with what it leads to."""
+    with open(source, "rb") as original, _replacing(path) as file:
+        shutil.copyfileobj(original, file, 1 << 20)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """A new file that takes the place of `path` when it is whole."""
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(content)
+            yield file
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
