@@ -11,9 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from course_utils import notebooks
 from course_utils.exercises import attention as catalogue
+from course_utils.exercises import find
 from course_utils.reference import attention
 
+NOTEBOOK = Path(__file__).resolve().parents[1] / "notebooks" / "03_attention.ipynb"
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
 
 
@@ -230,6 +233,39 @@ def test_tiled_attention_is_exact(block, scale):
         *(torch.autograd.grad(out, (q, k, v), upstream) for out in (ours, theirs)), strict=True
     ):
         close(one, other)
+
+
+# --- the figures in the symptoms ----------------------------------------------------------------
+
+# Where the chapter shows the symptom; its stored outputs are compared with fresh ones elsewhere.
+SHOWN = {
+    "fix_softmax_over_queries": "symptom-queries",
+    "fix_mask_after_softmax": "symptom-after",
+    "fix_heads_not_transposed_back": "symptom-merge",
+    "fix_order_blindness": "symptom-order",
+}
+
+
+@pytest.mark.parametrize("slug", SHOWN)
+def test_the_chapter_shows_the_figures_of_the_symptom(slug):
+    cells = {cell["id"]: cell for cell in notebooks.read(NOTEBOOK).cells}
+    shown = "".join(output.get("text", "") for output in cells[SHOWN[slug]].outputs)
+    figures = re.findall(r"-?\d+\.\d+", find(slug).symptom)
+    assert len(figures) >= 1
+    assert all(figure in shown.split() for figure in figures), (figures, shown)
+
+
+def test_symptom_of_the_missing_padding_mask():
+    exercise = find("fix_missing_padding_mask")
+    torch.manual_seed(0)
+    parts = nn.Embedding(20, 16), attention.EncoderBlock(16, 2, 32)
+    short, long = [3, 7, 5], [4, 1, 9, 2, 8, 6, 10, 12, 11, 15]
+    moved = []
+    for encode in (exercise.shipped, exercise.reference):
+        alone, beside = encode(*parts, [short]), encode(*parts, [short, long])
+        moved.append((alone[0] - beside[0]).abs().max().item())
+    assert "3 7 5" in exercise.symptom and "0.30" in exercise.symptom
+    assert moved[0] == pytest.approx(0.30, abs=0.006) and moved[1] < 1e-6
 
 
 # --- the catalogue ------------------------------------------------------------------------------
