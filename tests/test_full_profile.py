@@ -1,7 +1,11 @@
-"""Chapter 2 as the full profile runs it, on real MNIST images: a sample of 7,000 and 1,000 of them.
+"""Chapters 2 and 3 as the full profile runs them, as far as that goes without the internet.
 
-The sample stands beside the repository, in ../shared/data/mnist/raw; where it is missing, the test
-is skipped. Only two lines differ from the chapter: the profile, and the folder of the files.
+Chapter 2: on real MNIST images, a sample of 7,000 and 1,000 of them. The sample stands beside the
+repository, in ../shared/data/mnist/raw; where it is missing, the test is skipped. Only two lines
+differ from the chapter: the profile, and the folder of the files.
+
+Chapter 3: the sections on the real encoder and on cost, with a BERT of the shape of
+bert-base-uncased whose weights are random and whose layers are two, on whatever device is there.
 """
 
 from __future__ import annotations
@@ -11,19 +15,33 @@ import gzip
 from pathlib import Path
 
 import pytest
+import torch
 from nbformat import v4
 
 from course_utils import notebooks
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SAMPLE = REPOSITORY.parent / "shared" / "data" / "mnist" / "raw"
-NOTEBOOK = REPOSITORY / "notebooks" / "02_mlp.ipynb"
+DIGITS = REPOSITORY / "notebooks" / "02_mlp.ipynb"
 EXERCISES = ("digits_dataset", "mlp", "cross_entropy", "train_step", "evaluate", "dropout")
-CELLS = """
+DIGITS_CELLS = """
     setup imports sizes root header torchvision-compare to-tensors-code split-code normalize-code
     baselines-code mlp-count first-fit recipe final final-table
     final-verdict confusion gallery-code deploy deploy-read
 """.split()  # from the bytes to the network that another program loads; the side roads are left out
+
+ATTENTION = REPOSITORY / "notebooks" / "03_attention.ipynb"
+PARTS = """
+    scaled_dot_product_attention causal_mask padding_mask split_heads merge_heads
+    multi_head_attention sinusoidal_positions layer_norm feed_forward encoder_block load_bert_layer
+    fix_missing_padding_mask tiled_attention
+""".split()
+ATTENTION_CELLS = """
+    setup imports real-load real-tokens real-expected real-names real-build real-prove
+    real-prove-table one-vector-each length-limit-code f11-code padding-mask-after maps
+    heads-measured heads-picture explorer live-bytes memory memory-table saved saved-table
+    scale-time scale-table scale-picture gpu gpu-table bf16
+""".split()
 
 pytestmark = pytest.mark.slow
 
@@ -40,29 +58,35 @@ def mnist_sample(tmp_path):
     return tmp_path
 
 
-def shortened(root: Path):
-    """The solved chapter, cut down to CELLS, in the full profile, on the files under `root`."""
-    notebook = notebooks.solve(NOTEBOOK)
-    dashed = [slug.replace("_", "-") for slug in EXERCISES]
-    wanted = {*CELLS, *(f"ex-{slug}" for slug in dashed), *(f"check-{slug}" for slug in dashed)}
-    cells = [cell for cell in notebook.cells if cell.get("id") in wanted]
-    assert {cell["id"] for cell in cells} == wanted, "cells of chapter 2 were renamed"
-    for cell in cells:
-        if cell["id"] == "root":
-            cell.source = f"root = {str(root)!r}"
+def shortened(path: Path, exercises, wanted):
+    """The solved chapter in the full profile, cut down to these exercises and cells."""
+    notebook = notebooks.solve(path)
+    dashed = [slug.replace("_", "-") for slug in exercises]
+    wanted = {*wanted, *(f"ex-{slug}" for slug in dashed), *(f"check-{slug}" for slug in dashed)}
+    notebook.cells = [cell for cell in notebook.cells if cell.get("id") in wanted]
+    assert {cell["id"] for cell in notebook.cells} == wanted, f"cells of {path.name} were renamed"
     first = v4.new_code_cell("import os; os.environ['COURSE_PROFILE'] = 'full'", id="full")
-    before_final = [cell["id"] for cell in cells].index("final")
+    notebook.cells.insert(0, first)
+    return notebook
+
+
+def shortened_digits(root: Path):
+    """Chapter 2 from the bytes to the network, on the files under `root`."""
+    notebook = shortened(DIGITS, EXERCISES, DIGITS_CELLS)
+    cells = notebook.cells
+    ids = [cell["id"] for cell in cells]
+    cells[ids.index("root")].source = f"root = {str(root)!r}"
     chosen = v4.new_code_cell("chosen_p = 0.2", id="chosen")  # the chapter asks the validation part
+    cells.insert(ids.index("final"), chosen)
     facts = "print(dict(n=n, shape=tuple(x_all.shape), accuracies=accuracies.tolist(), "
     facts += "nearest=(nearest_mean(x_exam) == y_exam).float().mean().item(), size=vars(size)))"
-    last = v4.new_code_cell(facts, id="facts")
-    notebook.cells = [first, *cells[:before_final], chosen, *cells[before_final:], last]
+    cells.append(v4.new_code_cell(facts, id="facts"))
     return notebook
 
 
 def test_the_full_profile_reads_real_mnist(mnist_sample):
     execution = notebooks.execute(
-        shortened(mnist_sample), NOTEBOOK.parent, strict=True, timeout=300, threads=1
+        shortened_digits(mnist_sample), DIGITS.parent, strict=True, timeout=300, threads=1
     )
     outputs = {cell["id"]: cell.outputs for cell in execution.notebook.cells}
     facts = ast.literal_eval(outputs["facts"][0].text)
@@ -75,3 +99,25 @@ def test_the_full_profile_reads_real_mnist(mnist_sample):
     assert len(facts["accuracies"]) == 3
     assert min(facts["accuracies"]) > 0.96, "a seed is worse than ever measured"
     assert sum(facts["accuracies"]) / 3 > 0.968
+
+
+def test_the_full_profile_runs_an_encoder_of_bert_base_s_shape():
+    notebook = shortened(ATTENTION, PARTS, ATTENTION_CELLS)
+    ids = [cell["id"] for cell in notebook.cells]
+    stand_in = """import course_utils.data
+from course_utils.data.encoder import load_encoder, random_encoder
+tokenizer = load_encoder("quick")[1]  # the vocabulary of bert-base-uncased too
+course_utils.data.load_encoder = lambda: (random_encoder(num_layers=2), tokenizer)"""
+    notebook.cells.insert(ids.index("real-load"), v4.new_code_cell(stand_in, id="stand-in"))
+    facts = "print(dict(quick=quick, width=config.hidden_size, heads=config.num_attention_heads, "
+    facts += "worst=max(at_tokens for at_tokens, _ in single), device=where.type))"
+    notebook.cells.append(v4.new_code_cell(facts, id="facts"))
+    execution = notebooks.execute(notebook, ATTENTION.parent, strict=True, timeout=300, threads=1)
+    outputs = {cell["id"]: cell.get("outputs") for cell in execution.notebook.cells}
+    facts = ast.literal_eval(outputs["facts"][0].text)
+    print(f"{execution.seconds:.0f} s, {facts}")
+    assert not facts["quick"] and (facts["width"], facts["heads"]) == (768, 12)
+    assert facts["worst"] < 1e-5  # two layers; the chapter allows 1e-4 for twelve
+    assert facts["device"] == ("cuda" if torch.cuda.is_available() else "cpu")
+    table = "".join(output.get("text", "") for output in outputs["gpu-table"])
+    assert ("No GPU in use" in table) is (facts["device"] == "cpu")
