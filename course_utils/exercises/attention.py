@@ -70,9 +70,16 @@ class _Called(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-# --- scaled_dot_product_attention ---------------------------------------------------------------
+def _near(got, exact: torch.Tensor, tolerance: float) -> bool:
+    """Whether `got` is a tensor of `exact`'s shape with no value further off than `tolerance`."""
+    same = isinstance(got, torch.Tensor) and got.shape == exact.shape
+    return same and torch.allclose(got.double(), exact.double(), rtol=0, atol=tolerance)
 
-_LIBRARYS_OWN = {"scaled_dot_product_attention", "multi_head_attention_forward"}
+
+_SIX_DIGITS = "the output is right to six digits, also where d_k is no square"
+
+
+# --- scaled_dot_product_attention ---------------------------------------------------------------
 
 
 def _random_mask(see, *shape: int) -> torch.Tensor:
@@ -83,14 +90,22 @@ def _random_mask(see, *shape: int) -> torch.Tensor:
     return mask
 
 
+def _far_below(see, *sizes, queries, keys, seen):
+    """q, k, v with d_k = 4: scores of about −2000 for keys that are `seen`, of 0 for the others."""
+    shapes = (*sizes, queries, 4), (*sizes, keys, 4), (*sizes, keys, 3)
+    q, k, v = (see.randn(*shape) for shape in shapes)
+    q[..., 0], k[..., 0] = 80.0, -50.0 * seen
+    return [t.requires_grad_() for t in (q, k, v)]
+
+
 def _observe_scaled_dot_product_attention(attention, see):
-    # d_k is a square: √d_k is exact in float32 too, in which many compute it
+    # d_k is a square but once: √d_k is exact in float32 too, in which many compute it
     def attend(q, k, v, *mask):
         with _Called() as called:
             out = see.call("the output", attention, q, k, v, *mask)
         see.fact(
-            "it works attention out itself, without torch's own scaled_dot_product_attention",
-            not called.names & _LIBRARYS_OWN,
+            "it works attention out itself, without torch's own functions for it",
+            not any("attention" in name for name in called.names),
         )
         see.gradients("the output", out, q=q, k=k, v=v)
 
@@ -98,8 +113,22 @@ def _observe_scaled_dot_product_attention(attention, see):
         shapes = (*sizes, queries, d_k), (*sizes, keys, d_k), (*sizes, keys, d_v)
         return [see.randn(*shape, requires_grad=True) for shape in shapes]
 
+    with see.probe("q (2, 5, 4), k (2, 7, 4), no mask, the identity for v: the weights come out"):
+        q, k = see.randn(2, 5, 4), see.randn(2, 7, 4)
+        weights = attention(q.clone(), k.clone(), torch.eye(7, dtype=q.dtype).repeat(2, 1, 1))
+        if _near(weights, q.new_zeros(2, 5, 7), math.inf):
+            see.fact(
+                "the weights of each query add up to 1",
+                _near(weights.sum(-1), q[..., 0] ** 0, 1e-6),
+            )
+            undivided = (q @ k.transpose(-2, -1)).softmax(dim=-1)
+            see.fact("the scores are divided by √d_k", not _near(weights, undivided, 1e-9))
     with see.probe("q (2, 5, 4), k (2, 7, 4), v (2, 7, 3), no mask"):
         attend(*qkv(2, queries=5, keys=7, d_k=4, d_v=3))
+    with see.probe("as many queries as keys: q, k (2, 6, 4), v (2, 6, 3), no mask"):
+        attend(*qkv(2, queries=6, keys=6, d_k=4, d_v=3))
+    with see.probe("axes of size 1: q (1, 1, 1, 4), k (1, 1, 3, 4), v (1, 1, 3, 2), no mask"):
+        attend(*qkv(1, 1, queries=1, keys=3, d_k=4, d_v=2))
     with see.probe("q (2, 3, 5, 9), k (2, 3, 4, 9), v (2, 3, 4, 6), no mask"):
         attend(*qkv(2, 3, queries=5, keys=4, d_k=9, d_v=6))
     with see.probe("no batch: q (3, 16), k (5, 16), v (5, 2), no mask"):
@@ -113,6 +142,13 @@ def _observe_scaled_dot_product_attention(attention, see):
     with see.probe("a padding mask of shape (2, 1, 1, 6) for q (2, 3, 5, 4), k (2, 3, 6, 4)"):
         mask = reference.padding_mask(torch.tensor([6, 2]), 6)
         attend(*qkv(2, 3, queries=5, keys=6, d_k=4, d_v=3), mask)
+    with see.probe("a padding mask of shape (3, 1, 1, 5) for q, k (3, 2, 5, 4), v (3, 2, 5, 6)"):
+        mask = reference.padding_mask(torch.tensor([2, 5, 3]), 5)
+        attend(*qkv(3, 2, queries=5, keys=5, d_k=4, d_v=6), mask)
+    with see.probe("v (6, 3) for q (2, 1, 4, 9), k (2, 1, 6, 9) and a mask of shape (2, 1, 1, 6)"):
+        q, k, _ = qkv(2, 1, queries=4, keys=6, d_k=9, d_v=3)
+        v = see.randn(6, 3, requires_grad=True)
+        attend(q, k, v, reference.padding_mask(torch.tensor([6, 4]), 6))
     with see.probe("a mask (batch, heads, query, key) of shape (2, 3, 5, 4)"):
         mask = _random_mask(see, 2, 3, 5, 4)
         attend(*qkv(2, 3, queries=5, keys=4, d_k=9, d_v=7), mask)
@@ -123,6 +159,9 @@ def _observe_scaled_dot_product_attention(attention, see):
     with see.probe("scores of about 1000 and a mask of shape (5, 7)"):
         q, k, v = qkv(2, queries=5, keys=7, d_k=4, d_v=3)
         attend((900 * q).detach().requires_grad_(), k, v, _random_mask(see, 5, 7))
+    with see.probe("scores of about −2000 in sight, of about 0 hidden, by a mask (2, 1, 1, 6)"):
+        mask = reference.padding_mask(torch.tensor([4, 3]), 6)
+        attend(*_far_below(see, 2, 3, queries=5, keys=6, seen=mask[..., 0, :]), mask)
     with see.probe("a mask of shape (2, 5, 7) with a query that may look nowhere"):
         mask = _random_mask(see, 2, 5, 7)
         mask[1, 3] = False
@@ -139,8 +178,12 @@ def _observe_scaled_dot_product_attention(attention, see):
         out = attention(q, k, v, mask)
         see("the dtype of the output", out.dtype)
         exact = reference.scaled_dot_product_attention(q.double(), k.double(), v.double(), mask)
-        near = out.shape == exact.shape and torch.allclose(out.double(), exact, atol=0.02)
-        see.fact("the output is that of float64, within 0.02", near)
+        see.fact("the output is that of float64, within 0.02", _near(out, exact, 0.02))
+    with see.probe("q (2, 3, 5), k (2, 6, 5), v (2, 6, 4), a mask of shape (3, 6)"):
+        mask = _random_mask(see, 3, 6)
+        q, k, v = see.randn(2, 3, 5), see.randn(2, 6, 5), see.randn(2, 6, 4)
+        exact = reference.scaled_dot_product_attention(q, k, v, mask)
+        see.fact(_SIX_DIGITS, _near(attention(q, k, v, mask), exact, 1e-6))
 
 
 def _scores(q, k):
@@ -173,6 +216,19 @@ _sdpa_by_d_k = _attention(lambda q, k, v: q.shape[-1])
 _sdpa_times_root = _attention(lambda q, k, v: q.shape[-1] ** -0.5)
 _sdpa_times_d_k = _attention(lambda q, k, v: 1 / q.shape[-1])
 _sdpa_over_queries = _attention(dim=-2)
+
+
+def _sdpa_times_mask(value=None, dim=-1):
+    """Hidden scores get a number, None for the smallest there is; hidden weights 0 afterwards."""
+
+    def attention(q, k, v, mask=None):
+        scores = _scores(q, k)
+        if mask is None:
+            return scores.softmax(dim=dim) @ v
+        hidden = torch.finfo(scores.dtype).min if value is None else value
+        return (scores.masked_fill(~mask, hidden).softmax(dim=dim) * mask) @ v
+
+    return attention
 
 
 def _sdpa_softmax_without_dim(q, k, v, mask=None):
@@ -221,9 +277,37 @@ def _sdpa_weights_alone(q, k, v, mask=None):
     return _masked_softmax(_scores(q, k), mask)
 
 
-def _sdpa_axes_1_and_2(q, k, v, mask=None):
-    scores = torch.matmul(q, k.transpose(1, 2)) / math.sqrt(q.shape[-1])
-    return _masked_softmax(scores, mask) @ v
+def _sdpa_axes(one, other, zeros=True):
+    def attention(q, k, v, mask=None):
+        scores = torch.matmul(q, k.transpose(one, other)) / math.sqrt(q.shape[-1])
+        return _masked_softmax(scores, mask, zeros=zeros) @ v
+
+    return attention
+
+
+def _sdpa_all_axes(q, k, v, mask=None):
+    return _masked_softmax(q @ k.T / math.sqrt(q.shape[-1]), mask) @ v
+
+
+def _sdpa_flattened(q, k, v, mask=None):
+    q_flat, k_flat, v_flat = (t.reshape(-1, *t.shape[-2:]) for t in (q, k, v))
+    scores = torch.bmm(q_flat, k_flat.transpose(1, 2)) / math.sqrt(q.shape[-1])
+    weights = _masked_softmax(scores.view(*q.shape[:-1], k.shape[-2]), mask)
+    out = torch.bmm(weights.reshape(-1, *weights.shape[-2:]), v_flat)
+    return out.view(*q.shape[:-1], v.shape[-1])
+
+
+def _sdpa_squeezed(q, k, v, mask=None):
+    return (_masked_softmax(_scores(q, k), mask) @ v).squeeze()
+
+
+def _sdpa_causal_by_default(zeros):
+    def attention(q, k, v, mask=None):
+        if mask is None and q.shape[-2] == k.shape[-2]:
+            mask = reference.causal_mask(q.shape[-2])
+        return _masked_softmax(_scores(q, k), mask, zeros=zeros) @ v
+
+    return attention
 
 
 def _sdpa_batch_swapped(q, k, v, mask=None):
@@ -266,6 +350,43 @@ def _sdpa_renormalised(q, k, v, mask=None):
         weights = weights * mask
         weights = weights / weights.sum(dim=-1, keepdim=True)
     return weights @ v
+
+
+def _sdpa_renormalised_patched(q, k, v, mask=None):
+    weights = _scores(q, k).softmax(dim=-1)
+    if mask is not None:
+        weights = weights * mask
+        weights = (weights / weights.sum(dim=-1, keepdim=True)).nan_to_num()
+    return weights @ v
+
+
+def _sdpa_normalised(q, k, v, mask=None):
+    weights = _scores(q, k).softmax(dim=-1)
+    if mask is not None:
+        weights = F.normalize(weights * mask, p=1, dim=-1)
+    return weights @ v
+
+
+def _sdpa_renormalised_epsilon(q, k, v, mask=None):
+    weights = _scores(q, k).softmax(dim=-1)
+    if mask is not None:
+        weights = weights * mask
+        weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-9)
+    return weights @ v
+
+
+def _sdpa_zeroed_in_place(hide):
+    def attention(q, k, v, mask=None):
+        scores = _scores(q, k)
+        if mask is None:
+            return scores.softmax(dim=-1) @ v
+        if hide:
+            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        weights = scores.softmax(dim=-1)
+        weights.masked_fill_(~mask, 0.0)
+        return weights @ v
+
+    return attention
 
 
 def _sdpa_masked_values(q, k, v, mask=None):
@@ -320,6 +441,13 @@ def _sdpa_zero_times_infinity(q, k, v, mask=None):
     if mask is not None:
         scores = scores + (~mask).to(scores.dtype) * -math.inf
     return scores.softmax(dim=-1) @ v
+
+
+def _sdpa_zero_times_infinity_patched(q, k, v, mask=None):
+    scores = _scores(q, k)
+    if mask is not None:
+        scores = scores + (~mask).to(scores.dtype) * -math.inf
+    return scores.softmax(dim=-1).nan_to_num() @ v
 
 
 def _sdpa_minus_inf(q, k, v, mask=None):
@@ -463,6 +591,39 @@ _OVER_QUERIES = (
 _A_CONSTANT = (
     "You divide by a constant. It fits one d_k only; take the number of features from the tensors."
 )
+_ROUNDED = (
+    "You round √d_k to a whole number. That is exact where d_k is a square and wrong elsewhere: "
+    "√5 is 2.236, not 2."
+)
+_AXIS_1 = (
+    "Your softmax runs over axis 1. That is the keys only where there is no batch; with heads in "
+    "front it lets the heads compete for a key. Count axes from the end."
+)
+_AXIS_2 = (
+    "Your softmax runs over axis 2. Those are the keys where the batch is the only axis in front; "
+    "with heads they are the queries. Count axes from the end."
+)
+_OVER_THE_BATCH = (
+    "Your softmax runs over axis 0, the batch. So the weights of one sample depend on the others; "
+    "each query should distribute its attention over the keys of its own sample."
+)
+_OTHER_AXES = (
+    "You exchange axes {} of the keys. That is right for {} alone; with more axes in front or "
+    "fewer, those are others. Count from the end."
+)
+_NAN_SOMEWHERE = " And where a mask hides all that your softmax runs over, NaN comes out."
+_MINUS_100 = (
+    "You give the hidden scores a fixed number such as −100. Next to scores of −2000 that is the "
+    "largest of the row, and the hidden keys get the weight"
+)
+_RENORMALISED = (
+    "You mask after the softmax and divide by what is left. On paper that is the same; in floats, "
+    "a hidden key with a far larger score leaves only zeros, "
+)
+_IN_PLACE = (
+    "You set weights to 0 in place, in the tensor that softmax returned. Backward needs that "
+    "tensor as it was and refuses: make a new one."
+)
 
 SCALED_DOT_PRODUCT_ATTENTION = Exercise(
     slug="scaled_dot_product_attention",
@@ -519,6 +680,26 @@ SCALED_DOT_PRODUCT_ATTENTION = Exercise(
             "You take d_k from axis 1 of the queries. That is their number, or with heads the "
             "number of heads; the features are the last axis, however many come before it.",
         ),
+        Misconception(
+            "root_rounded",
+            _attention(lambda q, k, v: math.isqrt(q.shape[-1])),
+            _ROUNDED,
+        ),
+        Misconception(
+            "root_rounded_and_nan",
+            _attention(lambda q, k, v: math.isqrt(q.shape[-1]), zeros=False),
+            _ROUNDED + _NAN_TOO,
+        ),
+        Misconception(
+            "divided_by_the_root_of_2",
+            _attention(lambda q, k, v: math.sqrt(2)),
+            _A_CONSTANT,
+        ),
+        Misconception(
+            "divided_by_the_root_of_2_and_nan",
+            _attention(lambda q, k, v: math.sqrt(2), zeros=False),
+            _A_CONSTANT + _NAN_TOO,
+        ),
         Misconception("divided_by_8", _attention(lambda q, k, v: 8), _A_CONSTANT),
         Misconception(
             "divided_by_16",  # museum §5
@@ -540,22 +721,32 @@ SCALED_DOT_PRODUCT_ATTENTION = Exercise(
             "that may look nowhere should get zeros.",
         ),
         Misconception(
-            "softmax_over_axis_1",  # museum 3.2
-            _attention(dim=1),
-            "Your softmax runs over axis 1. That is the keys only where there is no batch; with "
-            "heads in front it lets the heads compete for a key. Count axes from the end.",
+            "softmax_over_queries_hidden_weights_zero",  # museum 3.1
+            _sdpa_times_mask(dim=-2),
+            _OVER_QUERIES,
+        ),
+        Misconception("softmax_over_axis_1", _attention(dim=1), _AXIS_1),  # museum 3.2
+        Misconception(
+            "softmax_over_axis_1_and_nan",  # museum 3.2
+            _attention(dim=1, zeros=False),
+            _AXIS_1 + _NAN_SOMEWHERE,
         ),
         Misconception(
-            "softmax_over_axis_2",
-            _attention(dim=2),
-            "Your softmax runs over axis 2. Those are the keys where the batch is the only axis in "
-            "front; with heads they are the queries. Count axes from the end.",
+            "softmax_over_axis_1_hidden_weights_zero",  # museum 3.2
+            _sdpa_times_mask(dim=1),
+            _AXIS_1,
         ),
+        Misconception("softmax_over_axis_2", _attention(dim=2), _AXIS_2),
         Misconception(
-            "softmax_over_the_batch",  # museum 3.2
-            _attention(dim=0),
-            "Your softmax runs over axis 0, the batch. So the weights of one sample depend on the "
-            "others; each query should distribute its attention over the keys of its own sample.",
+            "softmax_over_axis_2_and_nan",
+            _attention(dim=2, zeros=False),
+            _AXIS_2 + _NAN_SOMEWHERE,
+        ),
+        Misconception("softmax_over_the_batch", _attention(dim=0), _OVER_THE_BATCH),  # museum 3.2
+        Misconception(
+            "softmax_over_the_batch_and_nan",  # museum 3.2
+            _attention(dim=0, zeros=False),
+            _OVER_THE_BATCH + _NAN_SOMEWHERE,
         ),
         Misconception(
             "softmax_without_dim",  # museum 3.2
@@ -607,9 +798,42 @@ SCALED_DOT_PRODUCT_ATTENTION = Exercise(
         ),
         Misconception(
             "axes_1_and_2_transposed",
-            _sdpa_axes_1_and_2,
-            "You exchange axes 1 and 2 of the keys. That is right for (batch, key, d_k) alone; "
-            "without a batch or with heads those are other axes. Count from the end.",
+            _sdpa_axes(1, 2),
+            _OTHER_AXES.format("1 and 2", "(batch, key, d_k)"),
+        ),
+        Misconception(
+            "axes_1_and_2_transposed_and_nan",
+            _sdpa_axes(1, 2, zeros=False),
+            _OTHER_AXES.format("1 and 2", "(batch, key, d_k)") + _NAN_TOO,
+        ),
+        Misconception(
+            "axes_2_and_3_transposed",
+            _sdpa_axes(2, 3),
+            _OTHER_AXES.format("2 and 3", "(batch, heads, key, d_k)"),
+        ),
+        Misconception(
+            "axes_2_and_3_transposed_and_nan",
+            _sdpa_axes(2, 3, zeros=False),
+            _OTHER_AXES.format("2 and 3", "(batch, heads, key, d_k)") + _NAN_TOO,
+        ),
+        Misconception(
+            "all_axes_reversed",
+            _sdpa_all_axes,
+            "You transpose the keys with `.T`, which reverses all axes, the batch among them. Only "
+            "the last two should trade places, however many come before them.",
+        ),
+        Misconception(
+            "leading_axes_flattened",
+            _sdpa_flattened,
+            "You flatten the leading axes of each tensor for a product of three-dimensional "
+            "ones. Leading axes broadcast, as those of `@` do: the values may come without a "
+            "batch, for example, and then the numbers of tables no longer agree.",
+        ),
+        Misconception(
+            "squeezed",
+            _sdpa_squeezed,
+            "You squeeze the result. That removes every axis of size 1, also a batch of one sample "
+            "or a single query; the output has as many axes as the queries.",
         ),
         Misconception(
             "scores_by_key",
@@ -621,6 +845,18 @@ SCALED_DOT_PRODUCT_ATTENTION = Exercise(
             "mask_ignored",
             _sdpa_mask_ignored,
             "You never use the mask. Every query looks everywhere, into the future and at padding.",
+        ),
+        Misconception(
+            "causal_without_a_mask",
+            _sdpa_causal_by_default(zeros=True),
+            "You hide the future where no mask is given. Without a mask every query sees every "
+            "key: who wants a causal one hands it in.",
+        ),
+        Misconception(
+            "causal_without_a_mask_and_nan",
+            _sdpa_causal_by_default(zeros=False),
+            "You hide the future where no mask is given. Without a mask every query sees every "
+            "key: who wants a causal one hands it in." + _NAN_TOO,
         ),
         Misconception(
             "mask_as_a_condition",
@@ -649,10 +885,34 @@ SCALED_DOT_PRODUCT_ATTENTION = Exercise(
         Misconception(
             "masked_then_renormalised",
             _sdpa_renormalised,
-            "You mask after the softmax and divide by what is left. On paper that is the same; in "
-            "floats, a hidden key with a far larger score leaves only zeros, and 0 / 0 is NaN, as "
-            "in a row where everything is hidden.",
+            _RENORMALISED + "and 0 / 0 is NaN, as in a row where everything is hidden.",
         ),
+        Misconception(
+            "masked_then_renormalised_and_patched",
+            _sdpa_renormalised_patched,
+            _RENORMALISED + "and 0 / 0 is NaN. Replacing the NaN makes zeros of a query that may "
+            "look somewhere, and leaves NaN in the gradient.",
+        ),
+        Misconception(
+            "masked_then_normalised",
+            _sdpa_normalised,
+            _RENORMALISED + "and a sum of zeros cannot be made 1: such a query gets zeros though "
+            "it may look somewhere.",
+        ),
+        Misconception(
+            "masked_then_divided_by_a_little_more",
+            _sdpa_renormalised_epsilon,
+            _RENORMALISED + "and with a small number added below them such a query gets zeros "
+            "though it may look somewhere; where little is left, its weights do not reach 1.",
+        ),
+        Misconception(
+            "mask_after_softmax_in_place",  # museum 3.5
+            _sdpa_zeroed_in_place(hide=False),
+            "You mask after the softmax, when the hidden keys have had their share of the sum, so "
+            "that the weights which remain add up to less than 1. And you do it in place, in a "
+            "tensor that backward needs as it was.",
+        ),
+        Misconception("weights_changed_in_place", _sdpa_zeroed_in_place(hide=True), _IN_PLACE),
         Misconception(
             "masked_scores_zero",  # museum 3.6
             _sdpa_masked_values,
@@ -688,6 +948,23 @@ SCALED_DOT_PRODUCT_ATTENTION = Exercise(
             "little of the hidden keys leaks through, and much where the other scores are low.",
         ),
         Misconception(
+            "filled_with_minus_100",  # museum 3.22
+            _sdpa_filled(-100.0),
+            _MINUS_100 + "; and a query that may look nowhere gets the mean of all it must not "
+            "see, where it should get zeros.",
+        ),
+        Misconception(
+            "filled_with_minus_100_zeros_where_all_is_hidden",  # museum 3.22
+            _sdpa_filled(-100.0, zeros=True),
+            _MINUS_100 + ". Only −∞, or the smallest number of the dtype, is below every score.",
+        ),
+        Misconception(
+            "filled_with_minus_100_hidden_weights_zero",  # museum 3.22
+            _sdpa_times_mask(-100.0),
+            _MINUS_100 + "; you take it from them afterwards, and the query is left with zeros "
+            "though it may look somewhere.",
+        ),
+        Misconception(
             "filled_with_minus_1e9",  # museum 3.21, 3.22
             _sdpa_filled(-1e9),
             "You give the hidden scores the value −10⁹. A query that may look nowhere then gets "
@@ -714,17 +991,26 @@ SCALED_DOT_PRODUCT_ATTENTION = Exercise(
             "that is 0 · ∞, which is NaN: choose between values, do not multiply.",
         ),
         Misconception(
-            "smallest_float_for_hidden_scores",  # museum 3.21
+            "zero_times_infinity_patched",
+            _sdpa_zero_times_infinity_patched,
+            "You multiply −∞ by the inverted mask and add it. Where the mask lets a key through "
+            "that is 0 · ∞, which is NaN; you replace the NaN after the softmax, and with a mask "
+            "nothing is left but zeros. Choose between values, do not multiply.",
+        ),
+        Misconception(
+            "mean_of_hidden_values",  # museum 3.21
             _sdpa_filled(None),
-            "You hide scores with a very large negative number. A query that may look nowhere has "
-            "nothing but this number in its row, so it gets the plain mean of all hidden values. "
-            "It should get zeros.",
+            "In your answer a query that may look nowhere gets the plain mean of all the values "
+            "that are hidden from it. It should get zeros: with every score of its row alike, "
+            "softmax shares evenly, so the weights of such a row need attention after the softmax "
+            "too.",
         ),
         Misconception(
             "nan_where_all_is_hidden",  # museum 3.21
             _sdpa_minus_inf,
-            "A query that may look nowhere has a row of −∞ alone, for which softmax computes 0 / 0 "
-            "= NaN. Such a query should get zeros.",
+            "A query that may look nowhere has a row of −∞ alone. Softmax subtracts the largest "
+            "score, and −∞ − (−∞) is NaN; multiplied by 0 that is NaN as well. Such a query should "
+            "get zeros.",
         ),
         Misconception(
             "nan_in_the_gradient",  # museum 3.21
@@ -3061,8 +3347,9 @@ MULTI_HEAD_ATTENTION = Exercise(
         Misconception(
             "nan_where_all_is_hidden",  # museum 3.21
             _heads_that_attend(_sdpa_minus_inf),
-            "A query that may look nowhere becomes NaN: softmax of a row of −∞ is 0 / 0. Its heads "
-            "should be zeros, as in scaled_dot_product_attention.",
+            "A query that may look nowhere becomes NaN: softmax of a row of −∞ alone computes "
+            "−∞ − (−∞), and NaN times 0 is NaN as well. Its heads should be zeros, as in "
+            "scaled_dot_product_attention.",
         ),
         Misconception(
             "nan_in_the_gradient",  # museum 3.21

@@ -182,7 +182,7 @@ def describe(seen: Any) -> str:
         return _short(repr(seen), 60)
     if isinstance(seen, tuple):
         inside = ", ".join(describe(item) for item in seen[:4])
-        return f"{len(seen)} value{'' if len(seen) == 1 else 's'} ({inside})"
+        return _short(f"{len(seen)} value{'' if len(seen) == 1 else 's'} ({inside})", 120)
     if isinstance(seen, float):
         return f"{seen:.6g}"
     if isinstance(seen, dict):
@@ -282,7 +282,10 @@ def _compare_tensors(expected, got, rtol, atol) -> Difference | None:
         digits = 6 if f"{want.item():.6g}" != f"{have.item():.6g}" else 12
         text = f"should be {want.item():.{digits}g}, and is {have.item():.{digits}g}"
         return Difference("value", text)
-    return Difference("value", *_worst(_wide(want), _wide(have), rtol, atol))
+    sentence, worst = _worst(_wide(want), _wide(have), rtol, atol)
+    if want.dtype == torch.bool:
+        worst = tuple((place, bool(one), bool(other)) for place, one, other in worst)
+    return Difference("value", sentence, worst)
 
 
 def _layout(values: torch.Tensor) -> str:
@@ -321,6 +324,8 @@ def _pattern(want, have, rtol, atol) -> str:
         return " (yours are all zero)"
     if close(-want):
         return " (the sign is flipped everywhere)"
+    if close(want):
+        return f" (nearly right: the largest difference is {(have - want).abs().max():.1e})"
     largest = want.abs().argmax()
     if want.numel() > 1 and want.abs().max() > 0:
         ratio = have.flatten()[largest] / want.flatten()[largest]
@@ -760,11 +765,15 @@ def _explain(exercise: Exercise, found, seen: Observations) -> tuple[str, dict]:
             text += "" if text.endswith("?") else "."
     text += f"\nProbe: {probe}."
     for place, want, have in getattr(difference, "worst", ()):
-        digits = 6 if f"{want:.6g}" != f"{have:.6g}" else 12
-        text += f"\n  at {list(place)}: expected {want:.{digits}g}, got {have:.{digits}g}"
+        if not isinstance(want, bool):
+            digits = 6 if f"{want:.6g}" != f"{have:.6g}" else 12
+            want, have = (f"{value:.{digits}g}" for value in (want, have))
+        text += f"\n  at {list(place)}: expected {want}, got {have}"
     right = list(seen[probe])
     right = [
-        r for r in right[: right.index(label) if label in right else None] if "left unm" not in r
+        r
+        for r in right[: right.index(label) if label in right else None]
+        if "left unm" not in r and not r.startswith("the list of")
     ]
     if right:
         text += f"\nRight so far on this probe: {'; '.join(right[-4:])}."
