@@ -1102,7 +1102,7 @@ SCALED_DOT_PRODUCT_ATTENTION = Exercise(
 
 
 def _observe_causal_mask(causal_mask, see):
-    for n in (5, 2, 7, 1):
+    for n in (5, 2, 7, 1, 129):
         with see.probe(f"n = {n}"):
             see.call("the mask", causal_mask, n)
 
@@ -1287,8 +1287,8 @@ CAUSAL_MASK = Exercise(
         Misconception(
             "nothing_hidden",  # museum C43
             _causal_none,
-            "Your mask hides nothing. A decoder that sees the answer copies it: its loss becomes "
-            "small and it can predict nothing.",
+            "Your mask hides nothing. A model that sees the token which it should predict copies "
+            "it: its loss becomes small, and it has learned to predict nothing.",
         ),
         Misconception(
             "only_itself",
@@ -1347,7 +1347,8 @@ CAUSAL_MASK = Exercise(
 
 
 def _observe_padding_mask(padding_mask, see):
-    for lengths, n in (([3, 5, 1, 4], 5), ([2, 0, 4], 6), ([4, 4], 4), ([1, 2, 2, 1, 2, 2], 3)):
+    cases = ([3, 5, 1, 4], 5), ([2, 0, 4], 6), ([4, 4], 4), ([1, 2, 2, 1, 2, 2], 3), ([2], 5)
+    for lengths, n in (*cases, ([1, 0], 1)):
         with see.probe(f"lengths {lengths}, n = {n}"):
             see.call("the mask", padding_mask, torch.tensor(lengths), n)
 
@@ -1453,6 +1454,17 @@ def _padding_all(lengths, n):
 
 def _padding_causal(lengths, n):
     return _before(lengths, n)[:, None, None, :] & reference.causal_mask(n)
+
+
+def _padding_negative_slice(lengths, n):
+    mask = torch.ones(len(lengths), 1, 1, n, dtype=torch.bool)
+    for row, length in enumerate(lengths.tolist()):
+        mask[row, ..., -(n - length) :] = False
+    return mask
+
+
+def _padding_squeezed(lengths, n):
+    return _before(lengths, n).squeeze()[:, None, None]
 
 
 def _padding_never_empty(lengths, n):
@@ -1627,6 +1639,19 @@ PADDING_MASK = Exercise(
             "wanted, they are combined with `&`.",
         ),
         Misconception(
+            "nothing_left_of_full_rows",
+            _padding_negative_slice,
+            "Your rows are right where there is padding, and empty where there is none: a slice "
+            "that counts from the end counts 0 positions there, and −0 is 0, the beginning. Count "
+            "from the front.",
+        ),
+        Misconception(
+            "squeezed",
+            _padding_squeezed,
+            "You squeeze the table. That removes every axis of size 1, also a batch of one "
+            "sentence or a length of one token; name the axes that you want to add or remove.",
+        ),
+        Misconception(
             "never_empty",
             _padding_never_empty,
             "You show one position of an empty sentence. A length of 0 means that nothing is "
@@ -1675,17 +1700,27 @@ def _observe_self_attention(SelfAttention, see):
         (6, 4, 2, 5, True),
         (8, 9, 4, 3, False),
         (10, 16, 3, 7, True),
+        (8, 9, 1, 4, True),
     ):
         given = f"x ({batch}, {n}, {d_model}), {f'mask ({n}, {n})' if masked else 'no mask'}"
         with see.probe(f"SelfAttention({d_model}, {d_head}), {given}"):
             module = _with_weights(see, SelfAttention(d_model, d_head), _ONE_HEAD)
             x = see.randn(batch, n, d_model, requires_grad=True)
             mask = (_random_mask(see, n, n),) if masked else ()
+            if not masked:
+                shipped = _sdpa_over_queries(module.query(x), module.key(x), module.value(x))
+                unlike = not _near(module(x.detach().clone()), shipped, 1e-9)
+                see.fact("the softmax no longer runs over the queries", unlike)
             out = see.call("the output", module, x, *mask)
             see.gradients("the output", out, x=x, **_parameters(module, _ONE_HEAD))
     with see.probe("in evaluation mode, with a causal mask"):
         module = _with_weights(see, SelfAttention(6, 4), _ONE_HEAD).eval()
         see.call("the output", module, see.randn(3, 5, 6), mask=reference.causal_mask(5))
+    with see.probe("SelfAttention(7, 5), x (2, 4, 7), no mask"):
+        module, x = _with_weights(see, SelfAttention(7, 5), _ONE_HEAD), see.randn(2, 4, 7)
+        parts = module.query(x), module.key(x), module.value(x)
+        exact = reference.scaled_dot_product_attention(*parts)
+        see.fact(_SIX_DIGITS, _near(module(x), exact, 1e-6))
 
 
 class _OneHead(reference.SelfAttention):
@@ -1708,6 +1743,31 @@ class _OneHead(reference.SelfAttention):
 class _OneHeadOverQueries(_OneHead):
     def weights(self, scores, mask):
         return self.masked(scores, mask).softmax(dim=-2)
+
+
+class _OneHeadOverQueriesMaskTransposed(_OneHead):
+    def weights(self, scores, mask):
+        return self.masked(scores, None if mask is None else mask.T).softmax(dim=1)
+
+
+class _OneHeadMendedWithMask(_OneHead):
+    def weights(self, scores, mask):
+        return torch.softmax(self.masked(scores, mask), dim=1 if mask is None else 2)
+
+
+class _OneHeadMendedWithoutMask(_OneHead):
+    def weights(self, scores, mask):
+        return torch.softmax(self.masked(scores, mask), dim=2 if mask is None else 1)
+
+
+class _OneHeadSqueezed(_OneHead):
+    def forward(self, x, mask=None):
+        return super().forward(x, mask).squeeze(0)
+
+
+class _OneHeadRounded(_OneHead):
+    def scores(self, q, k):
+        return q @ k.transpose(1, 2) / math.isqrt(q.shape[-1])
 
 
 class _OneHeadOverBatch(_OneHead):
@@ -1861,6 +1921,25 @@ FIX_SOFTMAX_OVER_QUERIES = Exercise(
             "are (batch, query, key), and each query distributes its attention over the keys.",
         ),
         Misconception(
+            "still_over_queries_mask_transposed",  # museum 3.1
+            _OneHeadOverQueriesMaskTransposed,
+            "The softmax still runs over the queries, and the mask is now transposed. The mask was "
+            "right in the cell: rows are queries. What has to change is the axis that adds up to "
+            "1.",
+        ),
+        Misconception(
+            "mended_with_a_mask_alone",
+            _OneHeadMendedWithMask,
+            "With a mask your softmax runs over the keys; without one it still runs over the "
+            "queries. The axis has nothing to do with the mask.",
+        ),
+        Misconception(
+            "mended_without_a_mask_alone",
+            _OneHeadMendedWithoutMask,
+            "Without a mask your softmax runs over the keys; with one it still runs over the "
+            "queries. The axis has nothing to do with the mask.",
+        ),
+        Misconception(
             "over_the_batch",  # museum 3.2
             _OneHeadOverBatch,
             "The softmax now runs over the batch, as it also does where it is given no axis for "
@@ -1888,8 +1967,9 @@ FIX_SOFTMAX_OVER_QUERIES = Exercise(
         Misconception(
             "scores_transposed",
             _OneHeadScoresTransposed,
-            "You exchanged queries and keys in the scores. Now each row belongs to a key and is "
-            "normalised and used as if it were a query's; the mask still counts rows as queries.",
+            "The result is as if queries and keys had changed places in the scores: each row "
+            "belongs to a key and is normalised and used like a query's, while the rows of the "
+            "mask still are queries.",
         ),
         Misconception(
             "rows_rescaled",
@@ -1957,6 +2037,18 @@ FIX_SOFTMAX_OVER_QUERIES = Exercise(
             "the cell was right.",
         ),
         Misconception(
+            "root_rounded",
+            _OneHeadRounded,
+            "The softmax is right, and √d_head is now rounded to a whole number, which is exact "
+            "only where d_head is a square. The division in the cell was right.",
+        ),
+        Misconception(
+            "squeezed",
+            _OneHeadSqueezed,
+            "The softmax is right, and you squeeze the result: a batch of one sample loses its "
+            "first axis. The output is (batch, n, d_head), whatever the batch.",
+        ),
+        Misconception(
             "divided_by_the_number_of_tokens",
             _OneHeadDividedByNumber,
             "The softmax is right, and you changed the scale: axis 1 of the queries is the number "
@@ -2003,9 +2095,17 @@ def _observe_causal_attention(causal_attention, see):
     with see.probe("scores of about 1000, q, k, v of shape (2, 3, 5, 4)"):
         q, k, v = (see.randn(2, 3, 5, 4) for _ in range(3))
         see.call("the output", causal_attention, 900 * q, k, v)
+    with see.probe("scores of about −2000 for the first 4 of 6 keys, of about 0 for the others"):
+        q, k, v = _far_below(see, 2, 3, queries=6, keys=6, seen=torch.arange(6) < 4)
+        out = see.call("the output", causal_attention, q, k, v)
+        see.gradients("the output", out, q=q, k=k, v=v)
     with see.probe("q, k, v that are transposed views"):
         q, k, v = (see.randn(2, 6, 3, 4).transpose(1, 2) for _ in range(3))
         see.call("the output", causal_attention, q, k, v)
+    with see.probe("q, k, v of shape (2, 3, 4, 5)"):
+        q, k, v = (see.randn(2, 3, 4, 5) for _ in range(3))
+        exact = reference.causal_attention(q, k, v)
+        see.fact(_SIX_DIGITS, _near(causal_attention(q, k, v), exact, 1e-6))
 
 
 def _visible(q):
@@ -2024,6 +2124,45 @@ def _ca_minus_inf_afterwards(q, k, v):
 def _ca_renormalised(q, k, v):
     weights = _scores(q, k).softmax(dim=-1).masked_fill(_visible(q) == 0, 0.0)
     return weights / weights.sum(dim=-1, keepdim=True) @ v
+
+
+def _ca_normalised(q, k, v):
+    weights = _scores(q, k).softmax(dim=-1).masked_fill(_visible(q) == 0, 0.0)
+    return F.normalize(weights, p=1, dim=-1) @ v
+
+
+def _ca_renormalised_epsilon(q, k, v):
+    weights = _scores(q, k).softmax(dim=-1).masked_fill(_visible(q) == 0, 0.0)
+    return weights / (weights.sum(dim=-1, keepdim=True) + 1e-9) @ v
+
+
+def _ca_naive(q, k, v):
+    weights = torch.exp(_scores(q, k)) * _visible(q)
+    return weights / weights.sum(dim=-1, keepdim=True) @ v
+
+
+def _ca_in_place(q, k, v):
+    weights = _scores(q, k).softmax(dim=-1)
+    weights.masked_fill_(_visible(q) == 0, 0.0)
+    return weights @ v
+
+
+def _ca_softmax_again(q, k, v):
+    weights = _scores(q, k).softmax(dim=-1).masked_fill(_visible(q) == 0, 0.0)
+    return weights.softmax(dim=-1) @ v
+
+
+def _ca_minus_100(q, k, v):
+    return _scores(q, k).masked_fill(_visible(q) == 0, -100.0).softmax(dim=-1) @ v
+
+
+def _ca_minus_1000(q, k, v):
+    return _scores(q, k).masked_fill(_visible(q) == 0, -1000.0).softmax(dim=-1) @ v
+
+
+def _ca_rounded(q, k, v):
+    scores = q @ k.transpose(-2, -1) / math.isqrt(q.shape[-1])
+    return scores.masked_fill(_visible(q) == 0, -math.inf).softmax(dim=-1) @ v
 
 
 def _ca_softmax_twice(q, k, v):
@@ -2164,6 +2303,40 @@ FIX_MASK_AFTER_SOFTMAX = Exercise(
             "and 0 / 0 is NaN. Hide the scores before they compete.",
         ),
         Misconception(
+            "normalised_afterwards",
+            _ca_normalised,
+            "You normalise the remaining weights. On paper that is right; where a hidden score is "
+            "larger by some hundreds, all weights of the past have become 0 in floats, and zeros "
+            "cannot be made to add up to 1. Hide the scores before they compete.",
+        ),
+        Misconception(
+            "renormalised_with_a_little_more",
+            _ca_renormalised_epsilon,
+            "You divide the remaining weights by their sum and a small number more. Where a hidden "
+            "score is much larger, next to nothing remains, and the small number decides: the row "
+            "does not reach 1. Hide the scores before they compete.",
+        ),
+        Misconception(
+            "naive_softmax",  # museum §5, Softmax: no max
+            _ca_naive,
+            "You exponentiate the scores yourself, as they are. The mask is right that way, and a "
+            "score of 710 overflows in float64, 89 in float32: F.softmax, as in the cell, "
+            "subtracts the largest score before.",
+        ),
+        Misconception(
+            "still_after_softmax_in_place",  # museum 3.5
+            _ca_in_place,
+            "The mask still comes after the softmax, when the future has had its share of the sum. "
+            "And it now changes in place what softmax returned, which backward needs as it was.",
+        ),
+        Misconception(
+            "softmax_again",
+            _ca_softmax_again,
+            "You apply softmax again to the masked weights. What the mask set to 0 gets e⁰ = 1 "
+            "that way, about as much as the rest: hidden keys are back. One softmax, behind the "
+            "mask, is enough.",
+        ),
+        Misconception(
             "a_second_softmax",
             _ca_softmax_twice,
             "You apply softmax twice, before the mask and after it. The second one works on "
@@ -2187,6 +2360,20 @@ FIX_MASK_AFTER_SOFTMAX = Exercise(
             _ca_minus_10,
             "The mask is in its place now, and −10 is too close: hidden keys keep a weight of "
             "e⁻¹⁰, or a large one where the other scores are low.",
+        ),
+        Misconception(
+            "filled_with_minus_100",  # museum 3.22
+            _ca_minus_100,
+            "The mask is in its place now, and −100 is a score that others may have. Where those "
+            "of the past are lower still, the hidden keys get the weight: which score is below "
+            "every other?",
+        ),
+        Misconception(
+            "filled_with_minus_1000",  # museum 3.22
+            _ca_minus_1000,
+            "The mask is in its place now, and −1000 is a score that others may have. Where those "
+            "of the past are lower still, the hidden keys get the weight: which score is below "
+            "every other?",
         ),
         Misconception(
             "filled_with_minus_1",
@@ -2236,6 +2423,12 @@ FIX_MASK_AFTER_SOFTMAX = Exercise(
             "The mask is right now, and the division by √d_head is lost. It was right in the cell.",
         ),
         Misconception(
+            "root_rounded",
+            _ca_rounded,
+            "The mask is right now, and √d_head is rounded to a whole number, which is exact only "
+            "where d_head is a square. The division in the cell was right.",
+        ),
+        Misconception(
             "multiplied_by_the_root",  # museum §5
             _ca_times_root,
             "The mask is right now, and the scores are multiplied by √d_head. The division in the "
@@ -2280,14 +2473,19 @@ FIX_MASK_AFTER_SOFTMAX = Exercise(
 # --- split_heads --------------------------------------------------------------------------------
 
 
-def _what_happens(function, *args) -> str:
-    """The name of the exception that a call raises, or what it returns instead."""
+def _see_what_is_raised(see, function, *args):
+    """Observes the name of the exception that a call raises, or what it returns instead."""
+    text = ""
     try:
         result = function(*args)
+        shape = f" of shape {tuple(result.shape)}" if isinstance(result, torch.Tensor) else ""
+        raised = f"nothing: a {type(result).__name__}{shape} comes back"
     except Exception as error:
-        return "ValueError" if isinstance(error, ValueError) else type(error).__name__
-    shape = f" of shape {tuple(result.shape)}" if isinstance(result, torch.Tensor) else ""
-    return f"nothing: a {type(result).__name__}{shape} comes back"
+        raised = "ValueError" if isinstance(error, ValueError) else type(error).__name__
+        text = str(error)
+    see("what is raised", raised)
+    says_it = len(text) >= 10 and any(character.isalpha() for character in text)
+    see.fact("the ValueError says what does not fit", raised != "ValueError" or says_it)
 
 
 def _observe_split_heads(split_heads, see):
@@ -2295,14 +2493,16 @@ def _observe_split_heads(split_heads, see):
     for batch, n, d_model, num_heads in sizes:
         with see.probe(f"x of shape ({batch}, {n}, {d_model}), num_heads = {num_heads}"):
             x = see.randn(batch, n, d_model, requires_grad=True)
-            out = see.call("the heads", split_heads, x, num_heads)
-            see.gradients("the heads", out, x=x)
+            out = see.call("the result", split_heads, x, num_heads)
+            see.gradients("the result", out, x=x)
     with see.probe("x that is a transposed view of shape (2, 6, 8), num_heads = 4"):
-        see.call("the heads", split_heads, see.randn(2, 8, 6).transpose(1, 2), 4)
+        see.call("the result", split_heads, see.randn(2, 8, 6).transpose(1, 2), 4)
+    with see.probe("float32, x of shape (2, 3, 8), num_heads = 4"):
+        see.call("the result", split_heads, see.randn(2, 3, 8, dtype=torch.float32), 4)
     with see.probe("x of shape (2, 4, 10), num_heads = 4"):
-        see("what is raised", _what_happens(split_heads, see.randn(2, 4, 10), 4))
+        _see_what_is_raised(see, split_heads, see.randn(2, 4, 10), 4)
     with see.probe("x of shape (2, 8, 3), num_heads = 4"):
-        see("what is raised", _what_happens(split_heads, see.randn(2, 8, 3), 4))
+        _see_what_is_raised(see, split_heads, see.randn(2, 8, 3), 4)
 
 
 def _d_head(x, num_heads):
@@ -2417,6 +2617,24 @@ def _split_true_division(x, num_heads):
     return x.view(batch, n, num_heads, d_model / num_heads).transpose(1, 2)
 
 
+def _split_detached(x, num_heads):
+    return reference.split_heads(x.detach(), num_heads)
+
+
+def _split_wordless_error(x, num_heads):
+    if x.shape[-1] % num_heads:
+        raise ValueError(x.shape[-1], num_heads)
+    return reference.split_heads(x, num_heads)
+
+
+def _split_in_float32(x, num_heads):
+    return reference.split_heads(x, num_heads).float()
+
+
+def _split_in_float64(x, num_heads):
+    return reference.split_heads(x, num_heads).double()
+
+
 def _split_reversed(x, num_heads):
     return reference.split_heads(x, num_heads).flip(1)
 
@@ -2430,7 +2648,7 @@ def _split_stacked(x, num_heads):
 def _split_permuted(x, num_heads):
     d_head, rest = divmod(x.shape[2], num_heads)
     if rest:
-        raise ValueError(rest)
+        raise ValueError(f"{rest} features left over")
     return x.unflatten(-1, (num_heads, d_head)).permute(0, 2, 1, 3).contiguous()
 
 
@@ -2571,6 +2789,31 @@ SPLIT_HEADS = Exercise(
             "whole numbers: divide with `//`.",
         ),
         Misconception(
+            "a_value_error_without_words",
+            _split_wordless_error,
+            "You raise ValueError, and its message says too little. Who reads it wants to know "
+            "what does not fit: tell in a sentence how many features there were and how many "
+            "heads.",
+        ),
+        Misconception(
+            "cut_from_the_graph",
+            _split_detached,
+            "Your values are right and no gradient passes through them: you cut the tensor off "
+            "from the graph, or make a new one out of numbers. Rearrange the one you are given.",
+        ),
+        Misconception(
+            "in_float32",
+            _split_in_float32,
+            "You convert the numbers to float32. They are only to be moved: what comes in as "
+            "float64 goes out as float64.",
+        ),
+        Misconception(
+            "in_float64",
+            _split_in_float64,
+            "You convert the numbers to float64. They are only to be moved: what comes in as "
+            "float32 goes out as float32.",
+        ),
+        Misconception(
             "heads_in_reverse",
             _split_reversed,
             "Your heads come in reverse order. Head 0 gets the first features.",
@@ -2595,11 +2838,13 @@ def _observe_merge_heads(merge_heads, see):
     for shape in ((2, 3, 5, 4), (4, 5, 3, 2), (3, 1, 2, 6), (2, 6, 3, 1), (1, 4, 1, 3)):
         with see.probe(f"x of shape {shape}"):
             x = see.randn(*shape, requires_grad=True)
-            out = see.call("the merged heads", merge_heads, x)
-            see.gradients("the merged heads", out, x=x)
+            out = see.call("the result", merge_heads, x)
+            see.gradients("the result", out, x=x)
     with see.probe("what split_heads makes of (2, 5, 12) and 3 heads"):
         x = reference.split_heads(see.randn(2, 5, 12), 3)
-        see.call("the merged heads", merge_heads, x)
+        see.call("the result", merge_heads, x)
+    with see.probe("float32, x of shape (2, 3, 4, 5)"):
+        see.call("the result", merge_heads, see.randn(2, 3, 4, 5, dtype=torch.float32))
 
 
 def _merge_not_transposed(x):
@@ -2866,6 +3111,13 @@ def _observe_multi_head_attention(MultiHeadAttention, see):
         x = see.randn(2, 12, 5).transpose(1, 2)
         module = attend(12, 3, x, gradients=False).eval()
         see.call("the output in evaluation mode", module, x)
+    with see.probe("MultiHeadAttention(10, 2), x (3, 4, 10), no mask"):
+        module = _with_weights(see, MultiHeadAttention(10, 2), _PROJECTIONS)
+        x = see.randn(3, 4, 10)
+        parts = module.query(x), module.key(x), module.value(x)
+        heads = (reference.split_heads(part, 2) for part in parts)
+        merged = reference.merge_heads(reference.scaled_dot_product_attention(*heads))
+        see.fact(_SIX_DIGITS, _near(module(x), module.output(merged), 1e-6))
 
 
 class _Heads(reference.MultiHeadAttention):
@@ -3642,12 +3894,19 @@ _PACKED = _linear("qkv", "output")
 
 
 def _observe_packed_attention(PackedAttention, see):
-    for d_model, num_heads, batch, n in ((12, 3, 2, 5), (20, 5, 3, 6), (9, 1, 4, 3), (18, 2, 5, 3)):
+    sizes = (12, 3, 2, 5), (20, 5, 3, 6), (9, 1, 4, 3), (18, 2, 5, 3), (8, 2, 1, 3)
+    for d_model, num_heads, batch, n in sizes:
         with see.probe(f"PackedAttention({d_model}, {num_heads}), x ({batch}, {n}, {d_model})"):
             module = _with_weights(see, PackedAttention(d_model, num_heads), _PACKED)
             x = see.randn(batch, n, d_model, requires_grad=True)
             out = see.call("the output", module, x)
             see.gradients("the output", out, x=x, **_parameters(module, _PACKED))
+    with see.probe("PackedAttention(10, 2), x (3, 4, 10)"):
+        module = _with_weights(see, PackedAttention(10, 2), _PACKED)
+        x = see.randn(3, 4, 10)
+        heads = (reference.split_heads(part, 2) for part in module.qkv(x).chunk(3, dim=-1))
+        merged = reference.merge_heads(reference.scaled_dot_product_attention(*heads))
+        see.fact(_SIX_DIGITS, _near(module(x), module.output(merged), 1e-6))
 
 
 class _Packed(reference.PackedAttention):
@@ -10027,6 +10286,10 @@ def _observe_tiled_attention(tiled_attention, see):
     with see.probe("scores from −9000 to −1000: q (2, 3, 4), 7 keys, block 3"):
         q, k, v = 1 + see.rand(2, 3, 4), -1 - see.rand(2, 7, 4), see.randn(2, 7, 5)
         attended(30 * q, 30 * k, v, 3)
+    with see.probe("q (2, 4, 5), 9 keys, v (2, 9, 6), block 4"):
+        q, k, v = inputs(2, n=4, m=9, d_k=5, d_v=6)
+        exact = reference.scaled_dot_product_attention(q, k, v)
+        see.fact(_SIX_DIGITS, _near(tiled_attention(q, k, v, 4), exact, 1e-6))
     with see.probe("float32, q (2, 4, 3), 8 keys, v (2, 8, 6), block 3"):
         q, k, v = inputs(2, n=4, m=8, d_k=3, d_v=6)
         out = tiled_attention(q.float(), k.float(), v.float(), 3)
