@@ -103,7 +103,7 @@ def status() -> None:
             passed = sum(_state(entries, e) == PASSED for e in here)
             title = f"Chapter {chapter}: {passed} of {len(here)} passed"
             text.append(title)
-            rows.append(f"<tr><th colspan=4 style='text-align:left'>{title}</th></tr>")
+            rows.append(f"<tr><th colspan=5 style='text-align:left'>{title}</th></tr>")
         state = _state(entries, exercise)
         attempts = entries.get(exercise.slug, {}).get("attempts", 0)
         tries = f"{attempts} attempt{'' if attempts == 1 else 's'}" if attempts else ""

@@ -505,7 +505,7 @@ def attention_explorer(
     else:
         try:
             view = _widget_view(_explorer(attention, layer, head))
-            caption += " Run this cell to choose sentence, layer and head."
+            caption += " Sentence, layer and head can be chosen while the kernel runs."
         except ImportError:
             caption += " With ipywidgets installed you choose sentence, layer and head."
     _display(png, caption, alt, view)
@@ -576,13 +576,15 @@ def _explorer_png(tokens: Sequence[str], weights, layer: int, head: int) -> byte
 
     columns = math.ceil(math.sqrt(heads * 4 / 3))
     gap = 0.3 * n  # above each small map, for its number
+    edge = 0.04 * n  # around it, so that its frame covers no cell
     for i, one in enumerate(weights):
         x, y = i % columns * (n + gap / 2), i // columns * (n + gap)
         right.imshow(one, extent=(x, x + n, y + n, y), cmap="Blues", vmin=0, vmax=one.max() or 1)
         right.text(x, y - gap / 8, str(i), fontsize=7, va="bottom",
                    fontweight="bold" if i == head else "normal")  # fmt: skip
         right.add_patch(
-            matplotlib.patches.Rectangle((x, y), n, n, fill=False, clip_on=False,
+            matplotlib.patches.Rectangle((x - edge, y - edge), n + 2 * edge, n + 2 * edge,
+                                         fill=False, clip_on=False,
                                          edgecolor=VERMILION if i == head else GREY,
                                          linewidth=2 if i == head else 0.5)
         )  # fmt: skip
@@ -592,7 +594,7 @@ def _explorer_png(tokens: Sequence[str], weights, layer: int, head: int) -> byte
     )
     right.set_axis_off()
     right.set_anchor("N")
-    right.set_title(f"all heads of layer {layer}", pad=3)
+    right.set_title(f"all heads of layer {layer}, each on its scale", pad=3)
     return _png(fig)
 
 

@@ -88,14 +88,15 @@ def environment_report(choice: str | None = None) -> str:
         except metadata.PackageNotFoundError:
             versions.append(f"no {package}")
     name, reason = profile(choice)
-    where = device(choice)
+    where, threads = device(choice), torch.get_num_threads()
     if where.type == "cuda":
         where = f"{where} ({torch.cuda.get_device_name()})"
     return "\n".join(
         (
             f"{', '.join(versions)} on {platform.system()} {platform.machine()}",
             f"Profile {name}: {reason}.",
-            f"Device {where}, {torch.get_num_threads()} threads of {os.cpu_count()} processors.",
+            f"Device {where}, {threads} thread{'s' if threads > 1 else ''} "
+            f"on {os.cpu_count()} processors.",
             f"Your answers are kept in {home} (set by COURSE_HOME)."
             if (home := os.environ.get("COURSE_HOME"))
             else "Your answers are kept in ~/.build-prove-scale (COURSE_HOME sets another folder).",

@@ -333,7 +333,7 @@ def test_a_widget_is_stored_as_picture_and_sentence_and_stays_so(tmp_path, empty
     assert set(picture.data) == {"image/png", "text/plain"}
     assert picture.data["text/plain"] == "Figure: two maps"
     assert caption.data["text/plain"] == (
-        "Look at: the cat. Run this cell to choose sentence, layer and head."
+        "Look at: the cat. Sentence, layer and head can be chosen while the kernel runs."
     )
     assert check([path]) == []
     fresh = notebooks.execute(notebooks.read(path), tmp_path).notebook

@@ -116,13 +116,11 @@ def _observe_scaled_dot_product_attention(attention, see):
     with see.probe("q (2, 5, 4), k (2, 7, 4), no mask, the identity for v: the weights come out"):
         q, k = see.randn(2, 5, 4), see.randn(2, 7, 4)
         weights = attention(q.clone(), k.clone(), torch.eye(7, dtype=q.dtype).repeat(2, 1, 1))
-        if _near(weights, q.new_zeros(2, 5, 7), math.inf):
-            see.fact(
-                "the weights of each query add up to 1",
-                _near(weights.sum(-1), q[..., 0] ** 0, 1e-6),
-            )
-            undivided = (q @ k.transpose(-2, -1)).softmax(dim=-1)
-            see.fact("the scores are divided by √d_k", not _near(weights, undivided, 1e-9))
+        sums = weights.sum(-1) if _near(weights, q.new_zeros(2, 5, 7), math.inf) else None
+        rightly = sums is None or _near(sums, torch.ones_like(sums), 1e-6)
+        see.fact("the weights of each query add up to 1", rightly)
+        undivided = (q @ k.transpose(-2, -1)).softmax(dim=-1)
+        see.fact("the scores are divided by √d_k", not _near(weights, undivided, 1e-9))
     with see.probe("q (2, 5, 4), k (2, 7, 4), v (2, 7, 3), no mask"):
         attend(*qkv(2, queries=5, keys=7, d_k=4, d_v=3))
     with see.probe("as many queries as keys: q, k (2, 6, 4), v (2, 6, 3), no mask"):
@@ -436,18 +434,16 @@ def _sdpa_minus_1e9_added(q, k, v, mask=None):
     return scores.softmax(dim=-1) @ v
 
 
-def _sdpa_zero_times_infinity(q, k, v, mask=None):
-    scores = _scores(q, k)
-    if mask is not None:
-        scores = scores + (~mask).to(scores.dtype) * -math.inf
-    return scores.softmax(dim=-1) @ v
+def _sdpa_zero_times_infinity(cast, patch):
+    def attention(q, k, v, mask=None):
+        scores = _scores(q, k)
+        if mask is not None:
+            hidden = (~mask).to(scores.dtype) if cast else ~mask
+            scores = scores + hidden * -math.inf
+        weights = scores.softmax(dim=-1)
+        return (weights.nan_to_num() if patch else weights) @ v
 
-
-def _sdpa_zero_times_infinity_patched(q, k, v, mask=None):
-    scores = _scores(q, k)
-    if mask is not None:
-        scores = scores + (~mask).to(scores.dtype) * -math.inf
-    return scores.softmax(dim=-1).nan_to_num() @ v
+    return attention
 
 
 def _sdpa_minus_inf(q, k, v, mask=None):
@@ -482,6 +478,15 @@ def _sdpa_naive(q, k, v, mask=None):
 def _sdpa_global_maximum(q, k, v, mask=None):
     scores = _scores(q, k)
     weights = torch.exp(scores - scores.max())
+    if mask is not None:
+        weights = weights * mask
+    total = weights.sum(dim=-1, keepdim=True)
+    return weights / total.masked_fill(total == 0, 1.0) @ v
+
+
+def _sdpa_maximum_of_hidden_too(q, k, v, mask=None):
+    scores = _scores(q, k)
+    weights = torch.exp(scores - scores.amax(dim=-1, keepdim=True))
     if mask is not None:
         weights = weights * mask
     total = weights.sum(dim=-1, keepdim=True)
@@ -592,8 +597,8 @@ _A_CONSTANT = (
     "You divide by a constant. It fits one d_k only; take the number of features from the tensors."
 )
 _ROUNDED = (
-    "You round √d_k to a whole number. That is exact where d_k is a square and wrong elsewhere: "
-    "√5 is 2.236, not 2."
+    "Your divisor is √d_k where that is a whole number, and something else where it is not: a root "
+    "that is rounded, or kept with few digits, does that. √5 is 2.236…"
 )
 _AXIS_1 = (
     "Your softmax runs over axis 1. That is the keys only where there is no batch; with heads in "
@@ -615,6 +620,10 @@ _NAN_SOMEWHERE = " And where a mask hides all that your softmax runs over, NaN c
 _MINUS_100 = (
     "You give the hidden scores a fixed number such as −100. Next to scores of −2000 that is the "
     "largest of the row, and the hidden keys get the weight"
+)
+_ZERO_TIMES_INFINITY = (
+    "You multiply −∞ by the inverted mask and add it. Where the mask lets a key through that is "
+    "0 · ∞, which is NaN: choose between values, do not multiply."
 )
 _RENORMALISED = (
     "You mask after the softmax and divide by what is left. On paper that is the same; in floats, "
@@ -986,16 +995,23 @@ SCALED_DOT_PRODUCT_ATTENTION = Exercise(
         ),
         Misconception(
             "zero_times_infinity",
-            _sdpa_zero_times_infinity,
-            "You multiply −∞ by the inverted mask and add it. Where the mask lets a key through "
-            "that is 0 · ∞, which is NaN: choose between values, do not multiply.",
+            _sdpa_zero_times_infinity(cast=True, patch=False),
+            _ZERO_TIMES_INFINITY,
+        ),
+        Misconception(
+            "zero_times_infinity_in_float32",
+            _sdpa_zero_times_infinity(cast=False, patch=False),
+            _ZERO_TIMES_INFINITY,
         ),
         Misconception(
             "zero_times_infinity_patched",
-            _sdpa_zero_times_infinity_patched,
-            "You multiply −∞ by the inverted mask and add it. Where the mask lets a key through "
-            "that is 0 · ∞, which is NaN; you replace the NaN after the softmax, and with a mask "
-            "nothing is left but zeros. Choose between values, do not multiply.",
+            _sdpa_zero_times_infinity(cast=True, patch=True),
+            _ZERO_TIMES_INFINITY + " Replacing the NaN afterwards leaves nothing but zeros.",
+        ),
+        Misconception(
+            "zero_times_infinity_patched_in_float32",
+            _sdpa_zero_times_infinity(cast=False, patch=True),
+            _ZERO_TIMES_INFINITY + " Replacing the NaN afterwards leaves nothing but zeros.",
         ),
         Misconception(
             "mean_of_hidden_values",  # museum 3.21
@@ -1044,6 +1060,13 @@ SCALED_DOT_PRODUCT_ATTENTION = Exercise(
             "You subtract the largest score of the whole tensor. In a row whose scores lie far "
             "below it all exponentials become 0, hence 0 / 0 or zeros: each row has a largest "
             "score of its own.",
+        ),
+        Misconception(
+            "maximum_over_hidden_keys",
+            _sdpa_maximum_of_hidden_too,
+            "A query whose visible scores lie far below the hidden ones gets zeros in your answer. "
+            "Hidden scores still take part, in the maximum or in a first softmax, and next to them "
+            "what is visible becomes 0 in floats: take them out before.",
         ),
         Misconception(
             "dropout_always_on",  # museum 3.18
@@ -1641,9 +1664,9 @@ PADDING_MASK = Exercise(
         Misconception(
             "nothing_left_of_full_rows",
             _padding_negative_slice,
-            "Your rows are right where there is padding, and empty where there is none: a slice "
-            "that counts from the end counts 0 positions there, and −0 is 0, the beginning. Count "
-            "from the front.",
+            "Your rows are right where there is padding, and empty where there is none. A slice "
+            "that counts from the end does that: with 0 positions to count, −0 is 0, the "
+            "beginning. Count from the front.",
         ),
         Misconception(
             "squeezed",
@@ -2039,8 +2062,8 @@ FIX_SOFTMAX_OVER_QUERIES = Exercise(
         Misconception(
             "root_rounded",
             _OneHeadRounded,
-            "The softmax is right, and √d_head is now rounded to a whole number, which is exact "
-            "only where d_head is a square. The division in the cell was right.",
+            "The softmax is right, and you changed the divisor: it is √d_head only where that is a "
+            "whole number, as a rounded root is. The division in the cell was right.",
         ),
         Misconception(
             "squeezed",
@@ -2364,16 +2387,16 @@ FIX_MASK_AFTER_SOFTMAX = Exercise(
         Misconception(
             "filled_with_minus_100",  # museum 3.22
             _ca_minus_100,
-            "The mask is in its place now, and −100 is a score that others may have. Where those "
-            "of the past are lower still, the hidden keys get the weight: which score is below "
-            "every other?",
+            "The mask is in its place now, and the number for the hidden scores is one that others "
+            "may have. Where those of the past are lower still, the hidden keys get the weight: "
+            "which score is below every other?",
         ),
         Misconception(
             "filled_with_minus_1000",  # museum 3.22
             _ca_minus_1000,
-            "The mask is in its place now, and −1000 is a score that others may have. Where those "
-            "of the past are lower still, the hidden keys get the weight: which score is below "
-            "every other?",
+            "The mask is in its place now, and the number for the hidden scores is one that others "
+            "may have, if seldom. Where those of the past are lower still, the hidden keys get the "
+            "weight: which score is below every other?",
         ),
         Misconception(
             "filled_with_minus_1",
@@ -2425,8 +2448,8 @@ FIX_MASK_AFTER_SOFTMAX = Exercise(
         Misconception(
             "root_rounded",
             _ca_rounded,
-            "The mask is right now, and √d_head is rounded to a whole number, which is exact only "
-            "where d_head is a square. The division in the cell was right.",
+            "The mask is right now, and you changed the divisor: it is √d_head only where that is "
+            "a whole number, as a rounded root is. The division in the cell was right.",
         ),
         Misconception(
             "multiplied_by_the_root",  # museum §5
