@@ -40,10 +40,16 @@ def _with_weights(see, module, names: tuple[str, ...]):
     further = {name for name, p in found.items() if not any(p is found.get(n) for n in names)}
     for kind, some in (("missing", set(names) - set(found)), ("further", further)):
         see(f"the list of its {kind} parameters", ", ".join(sorted(some)) or "none")
+    frozen = [name for name in names if name in found and not found[name].requires_grad]
+    see("the list of its parameters with requires_grad=False", ", ".join(frozen) or "none")
     for name in names:
         p = found.get(name)
         blank = "missing" if p is None else torch.zeros_like(p, requires_grad=p.requires_grad)
         see(f"its parameter {name}", blank)
+    matrices = [found[name] for name in names if found[name].ndim > 1]
+    if matrices:
+        random = all((p != p.flatten()[0]).any() or p.numel() == 1 for p in matrices)
+        see.fact("the weights of a new layer differ from one another", random)
     module.double()
     with torch.no_grad():
         for p in _parameters(module, names).values():
@@ -3134,6 +3140,10 @@ def _observe_multi_head_attention(MultiHeadAttention, see):
         x = see.randn(2, 12, 5).transpose(1, 2)
         module = attend(12, 3, x, gradients=False).eval()
         see.call("the output in evaluation mode", module, x)
+    with see.probe("one MultiHeadAttention(12, 3) for three calls: causal mask, no mask, n = 4"):
+        module = attend(12, 3, see.randn(2, 5, 12), reference.causal_mask(5), gradients=False)
+        see.call("the output of the second call, without a mask", module, see.randn(2, 5, 12))
+        see.call("the output of the third call, with fewer tokens", module, see.randn(2, 4, 12))
     with see.probe("MultiHeadAttention(10, 2), x (3, 4, 10), no mask"):
         module = _with_weights(see, MultiHeadAttention(10, 2), _PROJECTIONS)
         x = see.randn(3, 4, 10)
@@ -3176,16 +3186,47 @@ def _heads_that_attend(attention):
     return MultiHeadAttention
 
 
-class _HeadsByRootOfModel(_Heads):
-    def attend(self, q, k, v, mask):
-        scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[1] * q.shape[3])
-        return _masked_softmax(scores, mask) @ v
+def _attention_by_hand(fill, divisor=lambda q, k, v: math.sqrt(q.shape[-1]), dim=-1, patch=False):
+    """Attention in which nobody thought of rows that are masked whole, or patched them late."""
+
+    def attention(q, k, v, mask=None):
+        scores = q @ k.transpose(-2, -1) / divisor(q, k, v)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, fill)
+        weights = scores.softmax(dim=dim)
+        return (weights.nan_to_num(0.0) if patch else weights) @ v
+
+    return attention
 
 
-class _HeadsByRootOfHeads(_Heads):
-    def attend(self, q, k, v, mask):
-        scores = q @ k.transpose(-2, -1) / math.sqrt(self.num_heads)
-        return _masked_softmax(scores, mask) @ v
+def _heads_divided_by(slug, divisor, message):
+    """The mistake alone, and with each of the two that go with it in an answer by hand."""
+    blind = "And a query that may look nowhere {}; its heads should be zeros."
+    nan, mean = (blind.format(what) for what in ("becomes NaN", "gets the mean of hidden values"))
+    return (
+        Misconception(slug, _heads_that_attend(_attention(divisor)), message),
+        Misconception(
+            f"{slug}_and_nan",
+            _heads_that_attend(_attention_by_hand(-math.inf, divisor)),
+            f"{message} {nan}",
+        ),
+        Misconception(
+            f"{slug}_and_uniform",
+            _heads_that_attend(_attention_by_hand(-1e9, divisor)),
+            f"{message} {mean}",
+        ),
+    )
+
+
+def _heads_softmax_over(slug, dim, message):
+    """Softmax over another axis, with four ways to hide scores."""
+    ways = {
+        slug: _attention(dim=dim),
+        f"{slug}_minus_infinity": _attention_by_hand(-math.inf, dim=dim),
+        f"{slug}_finite_fill": _attention_by_hand(-1e9, dim=dim),
+        f"{slug}_patched": _attention_by_hand(-math.inf, dim=dim, patch=True),
+    }
+    return (Misconception(s, _heads_that_attend(way), message) for s, way in ways.items())
 
 
 class _HeadsSplitByView(_Heads):
@@ -3215,9 +3256,46 @@ class _HeadsInterleavedOnce(_Heads):
         return _split_interleaved(x, self.num_heads)
 
 
+class _HeadsMergedInterleaved(_Heads):
+    def merge(self, heads):
+        return _merge_interleaved(heads)
+
+
+class _HeadsMergedInReverse(_Heads):
+    def merge(self, heads):
+        return _merge_reversed(heads)
+
+
 class _HeadsNeverSplit(_Heads):
     def split(self, x):
         return x[:, None]
+
+
+class _HeadsWithoutHeads(reference.MultiHeadAttention):
+    def forward(self, x, mask=None):
+        parts = self.query(x), self.key(x), self.value(x)
+        return self.output(reference.scaled_dot_product_attention(*parts, mask))
+
+
+class _HeadsFirstMaskOnly(reference.MultiHeadAttention):
+    def forward(self, x, mask=None):
+        parts = self.query(x), self.key(x), self.value(x)
+        if mask is not None and mask.ndim == 4:
+            mask = mask[:, 0]
+        return self.output(reference.scaled_dot_product_attention(*parts, mask))
+
+
+class _HeadsMaskKept(_Heads):
+    def forward(self, x, mask=None):
+        self.mask = getattr(self, "mask", None) if mask is None else mask
+        return super().forward(x, self.mask)
+
+
+class _HeadsAllAlike(_Heads):
+    def __init__(self, d_model, num_heads):
+        super().__init__(d_model, num_heads)
+        for p in self.parameters():
+            nn.init.zeros_(p)
 
 
 class _HeadsAmongThemselves(_Heads):
@@ -3253,6 +3331,11 @@ class _HeadsKeysFromQuery(_Heads):
 class _HeadsQueriesFromKey(_Heads):
     def projected(self, x):
         return self.key(x), self.key(x), self.value(x)
+
+
+class _HeadsAllFromQuery(_Heads):
+    def projected(self, x):
+        return self.query(x), self.query(x), self.query(x)
 
 
 class _HeadsValuesNotProjected(_Heads):
@@ -3437,12 +3520,6 @@ class _HeadsWithWeights(_Heads):
         return self.finish(x, self.merge(weights @ v)), weights
 
 
-class _HeadsScaledTwice(_Heads):
-    def attend(self, q, k, v, mask):
-        scale = math.sqrt(q.shape[-1])
-        return reference.scaled_dot_product_attention(q / scale, k, v, mask)
-
-
 class _HeadsNumHeadsAsSize(_Heads):
     def split(self, x):
         return x.view(*x.shape[:2], -1, self.num_heads).transpose(1, 2)
@@ -3531,52 +3608,64 @@ MULTI_HEAD_ATTENTION = Exercise(
     reference=reference.MultiHeadAttention,
     observe=_observe_multi_head_attention,
     misconceptions=(
-        Misconception(
+        *_heads_divided_by(
             "not_scaled",  # museum 3.3, §5
-            _heads_that_attend(_sdpa_undivided),
+            lambda q, k, v: 1,
             "The scores of your heads are not divided by the root of d_head. Their variance is "
             "d_head then, and softmax picks single keys.",
         ),
-        Misconception(
+        *_heads_divided_by(
             "root_of_d_model",  # museum 3.4, §5
-            _HeadsByRootOfModel,
+            lambda q, k, v: math.sqrt(q.shape[1] * q.shape[3]),
             "You divide the scores by √d_model. Each head's score is a sum over its own d_head "
             "features only, so d_head counts.",
         ),
-        Misconception(
+        *_heads_divided_by(
+            "root_of_n",  # museum 3.4
+            lambda q, k, v: math.sqrt(q.shape[2]),
+            "You divide the scores by the root of the number of tokens. A score is a sum over "
+            "d_head products, whatever the length of the sentence is.",
+        ),
+        *_heads_divided_by(
             "root_of_num_heads",
-            _HeadsByRootOfHeads,
+            lambda q, k, v: math.sqrt(q.shape[1]),
             "You divide the scores by the root of the number of heads. A head's score is a sum "
             "over its d_head features: how many other heads there are does not matter to it.",
         ),
-        Misconception(
+        *_heads_divided_by(
             "divided_by_d_head",  # museum 3.4
-            _HeadsScaledTwice,
-            "Your scores are divided by d_head in all, once too often by its root: perhaps you "
-            "scale the queries, and the attention function scales again.",
+            lambda q, k, v: q.shape[-1],
+            "Your scores are divided by d_head in all, and should be by its root. Either the root "
+            "is missing, or two places scale: you, and the attention function again.",
         ),
-        Misconception(
+        *_heads_divided_by(
             "multiplied_by_the_root",  # museum 3.4
-            _heads_that_attend(_sdpa_times_root),
+            lambda q, k, v: q.shape[-1] ** -0.5,
             "You multiply the scores by √d_head. They should be divided by it.",
         ),
-        Misconception(
+        *_heads_softmax_over(
             "softmax_over_queries",  # museum 3.1, §5
-            _heads_that_attend(_sdpa_over_queries),
+            -2,
             "Your softmax runs over the queries: the weights of each key add up to 1, instead of "
             "those of each query. Scores are (batch, heads, query, key).",
         ),
-        Misconception(
+        *_heads_softmax_over(
             "softmax_over_heads",  # museum 3.2
-            _heads_that_attend(_attention(dim=1)),
+            1,
             "Your softmax runs over the heads, which then compete for each key. Each head has a "
             "softmax of its own, over the keys.",
         ),
-        Misconception(
+        *_heads_softmax_over(
             "softmax_over_the_batch",  # museum 3.2
-            _heads_that_attend(_attention(dim=0)),
+            0,
             "Your softmax runs over the batch, so that a sample's weights depend on the others. "
             "It belongs to the keys of one sample.",
+        ),
+        Misconception(
+            "mask_kept",
+            _HeadsMaskKept,
+            "You keep the mask of an earlier call and use it where none is given. A call without "
+            "a mask hides nothing: store neither the mask nor what was computed with it.",
         ),
         Misconception(
             "mask_ignored",
@@ -3678,6 +3767,18 @@ MULTI_HEAD_ATTENTION = Exercise(
             "after head. Both belong together, and copied weights expect neighbours in one head.",
         ),
         Misconception(
+            "interleaved_in_the_merge_alone",  # museum 3.15
+            _HeadsMergedInterleaved,
+            "You split rightly and merge interleaved, so that the features of the heads alternate "
+            "within a row. They should stand head after head: heads before features.",
+        ),
+        Misconception(
+            "merged_in_reverse",
+            _HeadsMergedInReverse,
+            "Your heads are merged in reverse order. Head 0 holds the first features of a row, as "
+            "it got them in the split.",
+        ),
+        Misconception(
             "num_heads_taken_for_d_head",
             _HeadsNumHeadsAsSize,
             "You make d_head heads of num_heads features each. Exchange the two: num_heads says "
@@ -3688,6 +3789,18 @@ MULTI_HEAD_ATTENTION = Exercise(
             _HeadsNeverSplit,
             "You attend with all features at once, as a single head. Without the split there is "
             "one table of weights where there should be num_heads.",
+        ),
+        Misconception(
+            "a_single_head_in_three_axes",
+            _HeadsWithoutHeads,
+            "You attend with all features at once, as a single head, and never split. There should "
+            "be num_heads tables of weights; a mask with an axis for heads does not fit either.",
+        ),
+        Misconception(
+            "a_single_head_with_one_mask",
+            _HeadsFirstMaskOnly,
+            "You attend with all features at once, as a single head, and use the first head's "
+            "mask. There should be num_heads tables of weights, each with its own mask.",
         ),
         Misconception(
             "heads_attend_to_heads",
@@ -3718,6 +3831,12 @@ MULTI_HEAD_ATTENTION = Exercise(
             _HeadsQueriesFromKey,
             "You make the queries with the `key` layer. Then what a token asks and what it offers "
             "are the same, and the `query` layer learns nothing.",
+        ),
+        Misconception(
+            "all_from_the_query_layer",  # museum 3.16
+            _HeadsAllFromQuery,
+            "You use the `query` layer for queries, keys and values alike. The layers `key` and "
+            "`value` are there, and nothing goes through them.",
         ),
         Misconception(
             "values_not_projected",  # museum 3.16
@@ -3839,8 +3958,8 @@ MULTI_HEAD_ATTENTION = Exercise(
         Misconception(
             "heads_share_a_projection",
             _HeadsShareAProjection,
-            "Your layers give d_head features for all heads together, so that every head computes "
-            "the same. d_model features come out, which the heads divide among themselves.",
+            "Your query, key and value layers give d_head features in all, enough for one head. "
+            "d_model features have to come out, d_head for each of the num_heads heads.",
         ),
         Misconception(
             "heads_as_wide_as_the_model",
@@ -3878,6 +3997,12 @@ MULTI_HEAD_ATTENTION = Exercise(
             "You apply ReLU to queries, keys and values. They are linear projections: a score must "
             "be free to be negative in every term.",
         ),
+        Misconception(
+            "weights_all_alike",
+            _HeadsAllAlike,
+            "In one of your layers all weights start with the same number, so that its features "
+            "all compute the same. nn.Linear draws its weights at random: leave them as drawn.",
+        ),
     ),
     alternatives=(_HeadsOneByOne, _HeadsByTorch, _HeadsPackedOnTheFly, _HeadsProjectedAtTheEnd),
     hints=(
@@ -3885,8 +4010,9 @@ MULTI_HEAD_ATTENTION = Exercise(
         "linear layers stand around them?",
         "Project all d_model features three times, then split each result. The heads are one more "
         "axis in front, which scaled_dot_product_attention takes as it is, and so does the mask.",
-        "`__init__`: num_heads and four nn.Linear(d_model, d_model) called query, key, value, "
-        "output. `forward`: split, attend with the mask, merge, output.",
+        "`forward` has three steps. Three times: a layer, then split_heads with self.num_heads. "
+        "Then attention on the three results, with the mask as it came, (batch, heads, n, d_head). "
+        "Then merge_heads, and the one layer that is left.",
     ),
 )
 

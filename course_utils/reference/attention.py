@@ -21,7 +21,7 @@ def scaled_dot_product_attention(q, k, v, mask=None):
     if mask is None:
         return scores.softmax(dim=-1) @ v
     scores = scores.masked_fill(~mask, -math.inf)
-    blind = ~mask.any(dim=-1, keepdim=True)  # rows of −inf alone, whose softmax would be 0 / 0
+    blind = ~mask.any(dim=-1, keepdim=True)  # rows of −inf alone, whose softmax would be NaN
     weights = scores.masked_fill(blind, 0.0).softmax(dim=-1)
     return weights.masked_fill(blind, 0.0) @ v  # (..., query, d_v)
 
