@@ -594,7 +594,7 @@ def _explorer_png(tokens: Sequence[str], weights, layer: int, head: int) -> byte
     )
     right.set_axis_off()
     right.set_anchor("N")
-    right.set_title(f"all heads of layer {layer}, each on its scale", pad=3)
+    right.set_title(f"all heads of layer {layer}, each on its scale", pad=3, fontsize=8)
     return _png(fig)
 
 

@@ -50,6 +50,11 @@ def _with_weights(see, module, names: tuple[str, ...]):
     if matrices:
         random = all((p != p.flatten()[0]).any() or p.numel() == 1 for p in matrices)
         see.fact("the weights of a new layer differ from one another", random)
+    return _filled(see, module, names)
+
+
+def _filled(see, module, names: tuple[str, ...]):
+    """The random values alone, where another probe has observed the parameters already."""
     module.double()
     with torch.no_grad():
         for p in _parameters(module, names).values():
@@ -4050,6 +4055,10 @@ def _observe_packed_attention(PackedAttention, see):
             x = see.randn(batch, n, d_model, requires_grad=True)
             out = see.call("the output", module, x)
             see.gradients("the output", out, x=x, **_parameters(module, _PACKED))
+    with see.probe("one PackedAttention(12, 3) for two calls, x (2, 5, 12) and x (3, 4, 12)"):
+        module = _with_weights(see, PackedAttention(12, 3), _PACKED)
+        see.call("the output", module, see.randn(2, 5, 12))
+        see.call("the output of the second call", module, see.randn(3, 4, 12))
     with see.probe("PackedAttention(10, 2), x (3, 4, 10)"):
         module = _with_weights(see, PackedAttention(10, 2), _PACKED)
         x = see.randn(3, 4, 10)
@@ -4096,6 +4105,24 @@ class _PackedView(_Packed):
 class _PackedInterleaved(_Packed):
     def merge(self, heads):
         return _merge_interleaved(heads)
+
+
+class _PackedInterleavedTwice(_PackedInterleaved):
+    def split(self, part):
+        return _split_interleaved(part, self.num_heads)
+
+
+class _PackedTransposedAfterwards(_Packed):
+    def merge(self, heads):
+        shape = len(heads), heads.shape[2], -1
+        return heads.reshape(shape).transpose(1, 2).reshape(shape)
+
+
+class _PackedLengthKept(_Packed):
+    def merge(self, heads):
+        self.n = getattr(self, "n", heads.shape[2])
+        d_model = self.output.in_features
+        return heads.transpose(1, 2).reshape(len(heads), self.n, d_model)
 
 
 class _PackedOtherAxes(_Packed):
@@ -4240,6 +4267,25 @@ FIX_HEADS_NOT_TRANSPOSED_BACK = Exercise(
             "should stand head after head: heads before features.",
         ),
         Misconception(
+            "interleaved_at_both_ends",  # museum 3.15
+            _PackedInterleavedTwice,
+            "Split and merge fit one another now, and your heads take every num_heads-th feature. "
+            "The split was right in the cell: a head's features are neighbours.",
+        ),
+        Misconception(
+            "transposed_after_the_reshape",
+            _PackedTransposedAfterwards,
+            "You reshape first and transpose afterwards. Heads and tokens are mixed by then, and "
+            "an exchange of tokens and features does not undo it: look at the axes before the "
+            "reshape.",
+        ),
+        Misconception(
+            "length_kept",
+            _PackedLengthKept,
+            "The heads are merged rightly in the first call, and you keep its n: a sentence of "
+            "another length does not fit. Take every size from the x of the call.",
+        ),
+        Misconception(
             "tokens_and_features_transposed",
             _PackedOtherAxes,
             "You exchange the last two axes, tokens and features. Heads and tokens have to trade "
@@ -4315,8 +4361,8 @@ FIX_HEADS_NOT_TRANSPOSED_BACK = Exercise(
         Misconception(
             "divided_by_d_head",  # museum 3.4
             _PackedScaledTwice,
-            "The merge is right, and your scores are divided by √d_head twice: "
-            "F.scaled_dot_product_attention does it already.",
+            "The merge is right, and your scores are divided by d_head in all, where its root is "
+            "asked for. F.scaled_dot_product_attention divides by the root itself.",
         ),
         Misconception(
             "a_single_head",
@@ -4341,9 +4387,21 @@ FIX_HEADS_NOT_TRANSPOSED_BACK = Exercise(
 
 
 def _observe_sinusoidal_positions(sinusoidal_positions, see):
-    for n, d_model in ((5, 8), (9, 4), (1, 6), (7, 2), (6, 6), (90, 10)):
+    for n, d_model in ((5, 8), (9, 4), (1, 6), (7, 2), (6, 6)):
         with see.probe(f"n = {n}, d_model = {d_model}"):
-            see.call("the table", sinusoidal_positions, n, d_model)
+            table = see.call("the table", sinusoidal_positions, n, d_model)
+            see.fact("the table is a constant, without a gradient", not table.requires_grad)
+            exact = _sinus_float64(n, d_model)
+            see.fact("each number is right to four digits", _near(table, exact, 1e-4))
+    long = (90, 10, "four"), (300, 6, "four"), (3_000, 4, "three"), (6_000, 2, "three")
+    for n, d_model, digits in long:
+        with see.probe(f"a long text: n = {n:,}, d_model = {d_model}"):
+            table, exact = sinusoidal_positions(n, d_model), _sinus_float64(n, d_model)
+            see.fact(f"its shape is ({n:,}, {d_model})", table.shape == exact.shape)
+            if table.shape == exact.shape:
+                near = (table - exact).abs().amax(dim=1) < (1e-4 if digits == "four" else 2e-3)
+                first = "none" if near.all() else str(int((~near).int().argmax()))
+                see(f"the first row that is not right to {digits} digits", first)
 
 
 def _sinus_frequency(d_model, step=2, dtype=torch.float32):
@@ -4456,6 +4514,48 @@ def _sinus_batch_axis(n, d_model):
     return reference.sinusoidal_positions(n, d_model)[None]
 
 
+def _sinus_sines_alone(n, d_model):
+    table = torch.zeros(n, d_model)
+    table[:, 0::2] = (_sinus_positions(n) * _sinus_frequency(d_model)).sin()
+    return table
+
+
+def _sinus_base_100000(n, d_model):
+    return _sinus_table(_sinus_positions(n) / 100_000 ** (torch.arange(0, d_model, 2) / d_model))
+
+
+def _sinus_one_step_slower(n, d_model):
+    exponent = torch.arange(2, d_model + 2, 2) / d_model
+    return _sinus_table(_sinus_positions(n) / 10000**exponent)
+
+
+def _sinus_logarithm_to_10(n, d_model):
+    exponent = -torch.arange(0, d_model, 2) * math.log10(10000) / d_model
+    return _sinus_table(_sinus_positions(n) * torch.exp(exponent))
+
+
+def _sinus_fixed_length(length):
+    return lambda n, d_model: reference.sinusoidal_positions(length, d_model)[:n]
+
+
+def _sinus_rounded_to_16_bits(n, d_model):
+    return reference.sinusoidal_positions(n, d_model).half().float()
+
+
+def _sinus_positions_of(dtype):
+    """Positions in a dtype that does not hold all of them."""
+
+    def sinusoidal_positions(n, d_model):
+        position = torch.arange(n).to(dtype).float()[:, None]
+        return _sinus_table(position * _sinus_frequency(d_model))
+
+    return sinusoidal_positions
+
+
+def _sinus_parameter(n, d_model):
+    return nn.Parameter(reference.sinusoidal_positions(n, d_model))
+
+
 def _sinus_float64(n, d_model):
     angle = _sinus_positions(n).double() * _sinus_frequency(d_model, dtype=torch.float64)
     return _sinus_table(angle)
@@ -4533,6 +4633,12 @@ SINUSOIDAL_POSITIONS = Exercise(
             "going up and coming down): the second of the pair is the cosine.",
         ),
         Misconception(
+            "cosines_left_at_0",
+            _sinus_sines_alone,
+            "You fill the even features with sines and leave the odd ones at 0. They hold the "
+            "cosines of the same angles.",
+        ),
+        Misconception(
             "sine_of_every_feature",  # museum 3.23
             _sinus_only_sine_of_every_feature,
             "You give every feature a wave of its own and take the sine of all. The features come "
@@ -4564,6 +4670,24 @@ SINUSOIDAL_POSITIONS = Exercise(
             _sinus_base_1000,
             "Your base is 1,000 where the paper has 10,000, so the slow waves are too fast. Count "
             "the zeros.",
+        ),
+        Misconception(
+            "base_100_000",
+            _sinus_base_100000,
+            "Your base is 100,000 where the paper has 10,000, so the slow waves are too slow. "
+            "Count the zeros.",
+        ),
+        Misconception(
+            "exponents_from_the_second",
+            _sinus_one_step_slower,
+            "Your exponents begin with 2 / d_model, one step too far. The first pair has the "
+            "exponent 0: its angle is the position itself.",
+        ),
+        Misconception(
+            "logarithm_to_10",
+            _sinus_logarithm_to_10,
+            "You take the logarithm of 10,000 to the base 10, which is 4, and `exp` raises e. The "
+            "two belong to different bases; `math.log` is the one for `exp`.",
         ),
         Misconception(
             "base_e",
@@ -4642,6 +4766,41 @@ SINUSOIDAL_POSITIONS = Exercise(
             "turn everything behind them into float64; return float32.",
         ),
         Misconception(
+            "rounded_to_16_bits",
+            _sinus_rounded_to_16_bits,
+            "Your numbers carry the rounding of 16-bit floats, two or three digits. Compute in "
+            "float32; it is not enough to return it.",
+        ),
+        *(
+            Misconception(
+                f"positions_in_{name}",
+                _sinus_positions_of(dtype),
+                f"Your positions go wrong in a long text: {name} {what}. float32 holds all whole "
+                "numbers up to 16 million.",
+            )
+            for name, dtype, what in (
+                ("int8", torch.int8, "ends at 127 and goes on with −128"),
+                ("uint8", torch.uint8, "ends at 255 and starts anew with 0"),
+                ("bfloat16", torch.bfloat16, "has no odd numbers above 256"),
+                ("float16", torch.float16, "has no odd numbers above 2,048"),
+            )
+        ),
+        *(
+            Misconception(
+                slug,
+                _sinus_fixed_length(length),
+                "Your table has a fixed number of rows, of which the first n are returned. However "
+                "many they are, a longer text gets too few: make n rows.",
+            )
+            for slug, length in (("fixed_length", 512), ("fixed_length_of_thousands", 5_000))
+        ),
+        Misconception(
+            "learned",
+            _sinus_parameter,
+            "Your table requires a gradient. These waves are computed and stay as they are: return "
+            "a plain tensor, and no parameter.",
+        ),
+        Misconception(
             "position_in_the_exponent",
             _sinus_axes_exchanged,
             "Position and feature have changed roles: the position stands in your exponent, and "
@@ -4660,11 +4819,12 @@ SINUSOIDAL_POSITIONS = Exercise(
         "frequencies broadcasts to it.",
         "The row of frequencies is 10000 ** (−e / d_model) with e = 0, 2, 4 … up to d_model − 2: "
         "`torch.arange(0, d_model, 2)`.",
-        "Sine and cosine have to lie side by side: `torch.stack((angle.sin(), angle.cos()), "
-        "dim=-1)` is (n, d_model / 2, 2), and flattening its last two axes takes them in turn.",
+        "Sine and cosine of one angle have to lie side by side. Stack them along a new last axis, "
+        "(n, d_model / 2, 2), and think of the order in which its numbers are read when the last "
+        "two axes become one. Or fill every second column of an empty table.",
     ),
-    rtol=1e-4,
-    atol=1e-4,
+    rtol=1e-2,  # of large angles, which float32 rounds; the facts ask for four digits
+    atol=1e-2,
 )
 
 
@@ -4689,6 +4849,8 @@ def _observe_positional_encoding(PositionalEncoding, see):
         see.fact("what it makes is an nn.Module", isinstance(layer, nn.Module))
         sizes = [p.numel() for p in layer.parameters()]
         see("the sizes of its learned parameters", sizes)
+        trained = all(p.requires_grad for p in layer.parameters())
+        see.fact("its table can be trained: requires_grad is True", trained)
         values = see.randn(max_length, d_model)
         table = next(layer.parameters(), None)
         if table is not None and table.numel() == values.numel():
@@ -4712,6 +4874,14 @@ def _observe_positional_encoding(PositionalEncoding, see):
     with see.probe("evaluation mode, max_length 7, x of shape (2, 5, 3)"):
         layer, _ = made(7, 3)
         see.call("the output", layer.eval(), see.randn(2, 5, 3))
+    with see.probe("one layer for four calls, max_length 9, x of several lengths"):
+        layer, table = made(9, 3)
+        see.call("the output", layer, see.randn(2, 4, 3))
+        see.call("the output for 2 tokens", layer, see.randn(3, 2, 3))
+        see.call("the output for 7 tokens", layer, see.randn(2, 7, 3))
+        with torch.no_grad():
+            table.mul_(-2)  # as a step of an optimizer would
+        see.call("the output after its table has changed", layer, see.randn(2, 4, 3))
     with see.probe("the same tokens in the order 2, 0, 3, 1, and the same sentence three times"):
         layer, _ = made(6, 4)
         sentence = see.randn(1, 4, 4)
@@ -4781,6 +4951,26 @@ class _OrderFromOne(_OrderWith):
 class _OrderCountsOn(_OrderWith):
     def positions(self, x):
         return self.table[: x.shape[0] * x.shape[1]].reshape(x.shape)
+
+
+class _OrderRunningCount(_OrderWith):
+    def positions(self, x):
+        start = getattr(self, "count", 0)
+        self.count = start + x.shape[1]
+        return self.table[start : self.count].transpose(0, 1)
+
+
+class _OrderCopiedOnce(_OrderWith):
+    def positions(self, x):
+        if not hasattr(self, "rows"):
+            self.rows = self.table[:, 0] + 0
+        return self.rows[: x.shape[1]]
+
+
+class _OrderFrozen(reference.PositionalEncoding):
+    def __init__(self, max_length, d_model):
+        super().__init__(max_length, d_model)
+        self.table.requires_grad_(False)
 
 
 class _OrderBoth(_OrderWith):
@@ -4969,6 +5159,24 @@ FIX_ORDER_BLINDNESS = Exercise(
             "other vectors at another place of the batch. Each sentence starts at position 0.",
         ),
         Misconception(
+            "counted_on_from_call_to_call",
+            _OrderRunningCount,
+            "Your layer goes on counting from one call to the next. Each call holds whole "
+            "sentences, which start at position 0.",
+        ),
+        Misconception(
+            "rows_kept_from_the_first_call",
+            _OrderCopiedOnce,
+            "You compute the rows in the first call and keep them. The table is learned: after a "
+            "step of the optimizer the kept rows are old, so take them anew in each call.",
+        ),
+        Misconception(
+            "table_frozen",
+            _OrderFrozen,
+            "Your table is a parameter with requires_grad=False, which no training changes. The "
+            "vectors of this layer are learned.",
+        ),
+        Misconception(
             "both",
             _OrderBoth,
             "You add the rows of the tokens' positions, and still those of the sentences' places "
@@ -5094,7 +5302,9 @@ def _observe_layer_norm(LayerNorm, see):
         run(made(5).eval(), 2 * see.randn(3, 2, 5) + 1)
     with see.probe("float32, x of shape (4, 16) with values around 10,000"):
         layer = LayerNorm(16)
-        out = layer(10_000 + see.randn(4, 16, dtype=torch.float32)).double()
+        out = layer(10_000 + see.randn(4, 16, dtype=torch.float32))
+        see("the dtype of the output", out.dtype)
+        out = out.double()
         off = (out.var(dim=-1, correction=0) - 1).abs().amax()
         see.fact("each token's features have variance 1, within 1 %", bool(off < 0.01))
 
@@ -5131,6 +5341,26 @@ class _LNStdPlusEps(_LNWith):
 class _LNEpsOutside(_LNWith):
     def normalise(self, x, mean, variance):
         return (x - mean) / (variance.sqrt() + self.eps)
+
+
+class _LNDeviationPlusEps(_LNWith):
+    def normalise(self, x, mean, variance):
+        return (x - mean) / (x.std(dim=-1, correction=0, keepdim=True) + self.eps)
+
+
+class _LNEpsTwice(_LNWith):
+    def normalise(self, x, mean, variance):
+        return (x - mean) / (torch.sqrt(variance + self.eps) + self.eps)
+
+
+class _LNSumOfSquares(_LNWith):
+    def variance(self, x):
+        return (x - self.mean(x)).square().sum(dim=-1, keepdim=True)
+
+
+class _LNInFloat64(reference.LayerNorm):
+    def forward(self, x):
+        return super().forward(x.double())
 
 
 class _LNNoEps(_LNWith):
@@ -5221,6 +5451,39 @@ class _LNOverSentence(_LNAlong):
         return tuple(range(1, x.ndim)) or (0,)
 
 
+class _LNOverAllButFirst(_LNAlong):
+    def axes(self, x):
+        return tuple(range(1, x.ndim))
+
+
+class _LNOverLastTwo(_LNAlong):
+    def axes(self, x):
+        return -2, -1
+
+
+class _LNOverLastTwoIfAny(_LNAlong):
+    def axes(self, x):
+        return tuple(range(x.ndim))[-2:]
+
+
+class _LNOverOneAndTwo(_LNAlong):
+    def axes(self, x):
+        return 1, 2
+
+
+class _LNOverShape(reference.LayerNorm):
+    def forward(self, x):
+        return F.layer_norm(x, x.shape[1:], eps=self.eps) * self.weight + self.bias
+
+
+class _LNOverFlattened(reference.LayerNorm):
+    def forward(self, x):
+        flat = x.flatten(1)
+        shape = len(x), *[1] * (x.ndim - 1)
+        mean, variance = flat.mean(1).view(shape), flat.var(1, correction=0).view(shape)
+        return self.weight * (x - mean) / torch.sqrt(variance + self.eps) + self.bias
+
+
 class _LNOverAll(_LNAlong):
     def axes(self, x):
         return tuple(range(x.ndim))
@@ -5233,12 +5496,26 @@ class _LNOverBatch(_LNAlong):
 
 class _LNLikeBatchNorm(_LNAlong):
     def axes(self, x):
-        return tuple(range(x.ndim - 1)) or (0,)
+        return tuple(range(x.ndim - 1))
+
+
+class _LNOverFirstTwo(_LNAlong):
+    def axes(self, x):
+        return 0, 1
+
+
+class _LNByBatchNorm(reference.LayerNorm):
+    def forward(self, x):
+        flat = x.reshape(-1, x.shape[-1])
+        statistics = None, None  # none are kept
+        return F.batch_norm(flat, *statistics, self.weight, self.bias, True, 0.1, self.eps).view(
+            x.shape
+        )
 
 
 class _LNOverTokens(_LNAlong):
     def axes(self, x):
-        return (-2,) if x.ndim > 1 else (-1,)
+        return (-2,)
 
 
 class _LNThirdAxis(_LNAlong):
@@ -5383,6 +5660,29 @@ LAYER_NORM = Exercise(
             "the gradient is NaN.",
         ),
         Misconception(
+            "deviation_plus_eps",  # museum §5
+            _LNDeviationPlusEps,
+            "You add eps to the standard deviation. It belongs under the root, added to the "
+            "variance: the two differ most where a token's features are nearly equal.",
+        ),
+        Misconception(
+            "eps_twice",
+            _LNEpsTwice,
+            "You add eps in two places, under the root and behind it. Under the root is enough.",
+        ),
+        Misconception(
+            "sum_of_squares",
+            _LNSumOfSquares,
+            "You add up the squares of the distances from the mean and do not divide by d_model: "
+            "the variance is their mean.",
+        ),
+        Misconception(
+            "float64_returned",
+            _LNInFloat64,
+            "You compute in float64 and return it so. A float32 x should give a float32 result: "
+            "otherwise every layer behind it computes in float64, or fails.",
+        ),
+        Misconception(
             "no_eps",  # museum §5
             _LNNoEps,
             "You never use eps. A token whose features are all equal is then 0/0: NaN.",
@@ -5466,11 +5766,23 @@ LAYER_NORM = Exercise(
             "You divide by the mean distance from the mean. The standard deviation is the root of "
             "the mean squared distance.",
         ),
-        Misconception(
-            "over_the_sentence",  # museum 3.24
-            _LNOverSentence,
-            "You take one mean and one variance for a whole sentence, over tokens and features. "
-            "Then a token depends on its neighbours, padding among them; each token has its own.",
+        *(
+            Misconception(
+                slug,
+                implementation,
+                "You take one mean and one variance over more than one axis, for a whole sentence "
+                "where x is (batch, n, d_model). Then a token depends on its neighbours, padding "
+                "among them; each token has its own, over its features alone.",
+            )
+            for slug, implementation in (  # museum 3.24: they differ in how they fail elsewhere
+                ("over_the_sentence", _LNOverSentence),
+                ("over_all_axes_but_the_first", _LNOverAllButFirst),
+                ("over_the_last_two_axes", _LNOverLastTwo),
+                ("over_the_last_two_axes_if_any", _LNOverLastTwoIfAny),
+                ("over_axes_1_and_2", _LNOverOneAndTwo),
+                ("over_the_shape_of_a_sentence", _LNOverShape),
+                ("over_a_flattened_sentence", _LNOverFlattened),
+            )
         ),
         Misconception(
             "over_everything",  # museum 3.24
@@ -5489,6 +5801,20 @@ LAYER_NORM = Exercise(
             _LNLikeBatchNorm,
             "You normalise each feature over all tokens of the batch, which is batch norm. Layer "
             "norm is the other way round: each token, over its features.",
+        ),
+        Misconception(
+            "like_batch_norm_in_three_axes",  # museum 3.24
+            _LNOverFirstTwo,
+            "You reduce axes 0 and 1, batch and tokens where x has three axes, which is batch "
+            "norm. Layer norm is the other way round: each token, over its features, however many "
+            "axes stand before them.",
+        ),
+        Misconception(
+            "by_torchs_batch_norm",  # museum 3.24
+            _LNByBatchNorm,
+            "You call F.batch_norm, which normalises each feature over all tokens, and cannot do "
+            "it for a single one. Layer norm is the other way round: each token, over its "
+            "features.",
         ),
         Misconception(
             "over_the_tokens",  # museum 3.24
@@ -5511,8 +5837,8 @@ LAYER_NORM = Exercise(
         Misconception(
             "reduced_axis_dropped",
             _LNNoKeepdim,
-            "Your mean and variance lose the last axis, so that they no longer line up with x: "
-            "they fail to broadcast, or broadcast along the wrong axis. Keep it, with size 1.",
+            "Your mean or your variance loses the last axis, so that it no longer lines up with "
+            "x: it fails to broadcast, or broadcasts along the wrong axis. Keep it, with size 1.",
         ),
         Misconception(
             "no_weight_and_bias",
@@ -5558,8 +5884,8 @@ LAYER_NORM = Exercise(
         Misconception(
             "plain_tensors",
             _LNPlainTensors,
-            "Your weight and bias are plain tensors. No optimizer finds them and no file keeps "
-            "them: make them parameters.",
+            "Your weight and bias are not parameters, so that no optimizer finds them and they are "
+            "never learned.",
         ),
         Misconception(
             "one_weight_for_all",
@@ -5576,7 +5902,7 @@ LAYER_NORM = Exercise(
         Misconception(
             "in_place",
             _LNInPlace,
-            "You subtract the mean from x in place. The residual connection around a sublayer uses "
+            "You subtract the mean from x in place. The residual connection of a block uses "
             "the same tensor, and autograd refuses it where x is a leaf that requires a gradient.",
         ),
     ),
@@ -5704,6 +6030,27 @@ class _FFActivationFirst(reference.FeedForward):
 class _FFResidual(reference.FeedForward):
     def forward(self, x):
         return x + super().forward(x)
+
+
+class _FFAllAlike(reference.FeedForward):
+    def __init__(self, d_model, d_ff):
+        super().__init__(d_model, d_ff)
+        nn.init.zeros_(self.contract.weight)
+
+
+class _FFTwoGelus(_FFWith):
+    def activation(self, x):
+        return F.gelu(F.gelu(x))
+
+
+class _FFErfWithoutHalf(_FFWith):
+    def activation(self, x):
+        return x * (1 + torch.erf(x / math.sqrt(2)))
+
+
+class _FFTanh(_FFWith):
+    def activation(self, x):
+        return x.tanh()
 
 
 class _FFSequence(reference.FeedForward):
@@ -5861,8 +6208,8 @@ FEED_FORWARD = Exercise(
         Misconception(
             "activation_on_the_output_too",
             _FFActivationTwice,
-            "You apply GELU to the output as well. What is added to the residual stream has to be "
-            "free to be negative; the second layer stays bare.",
+            "You apply GELU to the output as well. The block adds this output to x, and has to be "
+            "able to lower x as well as to raise it: nothing follows the second layer.",
         ),
         Misconception(
             "activation_on_the_input",
@@ -6001,7 +6348,7 @@ FEED_FORWARD = Exercise(
             "dropout_inside",
             _FFDropout,
             "You drop out hidden values in training mode. Dropout is the block's work, on the "
-            "output of each sublayer; here nothing is random.",
+            "output of each sub-layer; here nothing is random.",
         ),
         Misconception(
             "activation_in_training_mode_only",
@@ -6014,6 +6361,30 @@ FEED_FORWARD = Exercise(
             _FFModuleMisused,
             "You write `nn.GELU(x)`. That makes a layer and computes nothing; call a layer that "
             "is made already, `nn.GELU()(x)`, or the function, `F.gelu(x)`.",
+        ),
+        Misconception(
+            "gelu_twice_between",
+            _FFTwoGelus,
+            "You apply GELU twice between the layers, perhaps once as a layer and once as a "
+            "function. Once is what BERT's weights were trained with.",
+        ),
+        Misconception(
+            "erf_without_the_half",
+            _FFErfWithoutHalf,
+            "You forget the half: Φ(x) is (1 + erf(x / √2)) / 2. Your hidden values are twice "
+            "those of GELU.",
+        ),
+        Misconception(
+            "tanh",
+            _FFTanh,
+            "You use tanh between the layers, which squeezes every value between −1 and 1. GELU is "
+            "asked for; its approximation contains a tanh, and is more than that.",
+        ),
+        Misconception(
+            "weights_all_alike",
+            _FFAllAlike,
+            "In one of your layers all weights start with the same number, so that its features "
+            "all compute the same. nn.Linear draws its weights at random: leave them as drawn.",
         ),
         Misconception(
             "graph_cut",
@@ -6044,8 +6415,7 @@ _BLOCK_PARAMETERS = _linear(
 
 def _observe_encoder_block(EncoderBlock, see):
     def made(d_model, num_heads, d_ff, **options):
-        block = EncoderBlock(d_model, num_heads, d_ff, **options)
-        return _with_weights(see, block, _BLOCK_PARAMETERS)
+        return _filled(see, EncoderBlock(d_model, num_heads, d_ff, **options), _BLOCK_PARAMETERS)
 
     def run(block, shape, *mask):
         x = see.randn(*shape, requires_grad=True)
@@ -6057,10 +6427,14 @@ def _observe_encoder_block(EncoderBlock, see):
     orders = ("post-norm", {}), ("pre-norm", {"norm_first": True})
     for order, options in orders:
         with see.probe(f"{order}: EncoderBlock(6, 3, 8), x of shape (2, 5, 6), no mask"):
-            block = made(6, 3, 8, **options)
+            block = _with_weights(see, EncoderBlock(6, 3, 8, **options), _BLOCK_PARAMETERS)
             own = block.norm1.weight is not block.norm2.weight
             see.fact("norm1 and norm2 are two norms, with weights of their own", own)
             run(block, (2, 5, 6))
+    for order, options in orders:  # tells many mistakes apart, so it comes early
+        with see.probe(f"{order}: dropout = 1 in training mode, x of shape (4, 3, 6)"):
+            block = made(6, 3, 8, dropout=1.0, **options)
+            see.call("the output, with all of both sub-layers dropped", block, see.randn(4, 3, 6))
     for order, options in orders:
         with see.probe(f"{order}: x given without a gradient, shape (3, 4, 6)"):
             see.call("the output", made(6, 2, 10, **options), see.randn(3, 4, 6))
@@ -6069,6 +6443,14 @@ def _observe_encoder_block(EncoderBlock, see):
             run(made(4, 2, 7, **options), (3, 5, 4), reference.padding_mask(lengths, 5))
         with see.probe(f"{order}: eps = 0.5, causal mask, x of shape (3, 4, 6)"):
             run(made(6, 2, 5, eps=0.5, **options), (3, 4, 6), reference.causal_mask(4))
+        with see.probe(f"{order}: one block for three calls: causal mask, no mask, n = 3"):
+            block = made(6, 2, 7, **options)
+            see.call("the output", block, see.randn(2, 4, 6), reference.causal_mask(4))
+            see.call("the output of the second call, without a mask", block, see.randn(2, 4, 6))
+            see.call("the output of the third call, with fewer tokens", block, see.randn(2, 3, 6))
+    with see.probe("EncoderBlock(6, 2, 7, 0.0, True, 1e-3): arguments without their names"):
+        block = _filled(see, EncoderBlock(6, 2, 7, 0.0, True, 1e-3), _BLOCK_PARAMETERS)
+        see.call("the output", block, see.randn(2, 4, 6))
     with see.probe("a mask for every query, one query may look nowhere, x of shape (2, 3, 4)"):
         hidden = torch.tensor([[0], [2], [1]])  # how many keys are hidden from each query, less 1
         run(made(4, 2, 6), (2, 3, 4), see.rand(2, 1, 3, 3).argsort(-1) > hidden)
@@ -6077,47 +6459,74 @@ def _observe_encoder_block(EncoderBlock, see):
             block = made(6, 3, 8, dropout=0.5, **options).eval()
             torch.manual_seed(0)
             see.call("the output", block, see.randn(4, 3, 6))
-        with see.probe(f"{order}: dropout = 1 in training mode, x of shape (4, 3, 6)"):
-            block = made(6, 3, 8, dropout=1.0, **options)
-            see.call("the output, with all of both sublayers dropped", block, see.randn(4, 3, 6))
         with see.probe(f"{order}: dropout = 0.3 in training mode, x of shape (5, 9, 4)"):
             block, x = made(4, 2, 6, dropout=0.3, **options), see.randn(5, 9, 4)
-            out = block(x)
+            out = block(x.clone())
             see("the output (its kind)", torch.zeros_like(out) + 0 * out.sum())
-            see.fact("two calls in training mode differ", not torch.equal(block(x), out))
+            see.fact("two calls in training mode differ", not torch.equal(block(x.clone()), out))
     sublayers = ("attention", "feed_forward.contract"), ("feed-forward", "attention.output")
     either = "each value is either dropped or divided by 0.7"
+    scales = torch.tensor([0, 1 / 0.7], dtype=torch.float64)
+    kept = torch.cartesian_prod(*[scales] * 4)[:, None, None]  # all cases: (16, 1, 1, 4)
+
+    def draws(dropped):
+        axes = "the samples of a batch", "the tokens of a sample", "the features of a token"
+        for axis, what in enumerate(axes):
+            share = dropped.double().mean(dim=axis)
+            mixed = ((share > 0) & (share < 1)).any()
+            see.fact(f"dropout: {what} have draws of their own", mixed)
+
+    def without_dropout(block):
+        """The reference's post-norm block, with the weights of `block`."""
+        twin = reference.EncoderBlock(4, 2, 6).double()
+        twin.load_state_dict(_parameters(block, _BLOCK_PARAMETERS))
+        return twin
+
     for name, silenced in sublayers:
         with (
-            see.probe(f"post-norm: dropout = 0.3 on what the {name} sublayer adds"),
+            see.probe(f"post-norm: dropout = 0.3 on what the {name} sub-layer adds"),
             torch.no_grad(),
         ):
             block, x = made(4, 2, 6, dropout=0.3), see.randn(6, 9, 4)
             for p in block.get_submodule(silenced).parameters():
                 nn.init.zeros_(p)
-            twin = reference.EncoderBlock(4, 2, 6).double()
-            twin.load_state_dict(_parameters(block, _BLOCK_PARAMETERS))
-            scales = torch.tensor([0, 1 / 0.7], dtype=torch.float64)
-            kept = torch.cartesian_prod(*[scales] * 4)[:, None, None]  # all cases: (16, 1, 1, 4)
+            twin = without_dropout(block)
             if name == "attention":
                 cases = twin.norm2(twin.norm1(x + kept * twin.attention(x)))
             else:
                 y = twin.norm1(x)
                 cases = twin.norm2(y + kept * twin.feed_forward(y))  # (16, batch, n, d_model)
-            see.fact(either, torch.isclose(block(x), cases, rtol=1e-6).all(-1).any(0).all())
+            same = torch.isclose(block(x.clone()), cases, rtol=1e-6).all(-1)
+            see.fact(either, same.any(0).all())
+            draws(kept[same.int().argmax(0), 0, 0] == 0)
     for name, silenced in sublayers:
-        with see.probe(f"pre-norm: dropout = 0.3 on what the {name} sublayer adds"):
+        with see.probe(f"pre-norm: dropout = 0.3 on what the {name} sub-layer adds"):
             block, x = made(8, 2, 12, dropout=0.3, norm_first=True), see.randn(15, 20, 8)
             for p in block.get_submodule(silenced).parameters():
                 nn.init.zeros_(p)
-            added, kept = block.eval()(x) - x, block.train()(x) - x
-            dropped = kept.abs() < 1e-9
-            scaled = torch.isclose(kept, added / 0.7, rtol=1e-6, atol=1e-9)
+            added, some = block.eval()(x.clone()) - x, block.train()(x.clone()) - x
+            dropped = some.abs() < 1e-9
+            scaled = torch.isclose(some, added / 0.7, rtol=1e-6, atol=1e-9)
             see.fact(either, (dropped | scaled).all())
-            mixed = all(bool((dropped.double().mean(dim=k) % 1 > 0).any()) for k in range(3))
-            see.fact("each value has a draw of its own", mixed)
-            share = dropped.double().mean()  # 5 sigma is 0.13 with a draw for each of 300 tokens
-            see.fact("about 30 % of the values are dropped", bool((share - 0.3).abs() < 0.13))
+            draws(dropped)
+            share = dropped.double().mean()  # 5 sigma is 0.18 with a draw for each of 160 values
+            see.fact("about 30 % of the values are dropped", bool((share - 0.3).abs() < 0.18))
+    own = "the two sub-layers have draws of their own"
+    with see.probe("post-norm: dropout = 0.3 on what both sub-layers add"), torch.no_grad():
+        block, x = made(4, 2, 6, dropout=0.3), see.randn(3, 5, 4)
+        twin = without_dropout(block)
+        y = twin.norm1(x + kept * twin.attention(x))[:, None]  # (16, 1, batch, n, d_model)
+        cases = twin.norm2(y + kept * twin.feed_forward(y))  # (16, 16, batch, n, d_model)
+        same = torch.isclose(block(x.clone()), cases, rtol=1e-6).all(-1).flatten(0, 1)
+        case = same.int().argmax(0)  # 16 · the case of attention + that of the feed-forward part
+        see.fact(own, (case // 16 != case % 16).any())
+    with see.probe("pre-norm: dropout = 0.3 on what both sub-layers add"), torch.no_grad():
+        block, x = made(4, 2, 6, dropout=0.3, norm_first=True), see.randn(3, 5, 4)
+        for name, size in (("attention.output", 1.0), ("feed_forward.contract", 10.0)):
+            nn.init.zeros_(block.get_parameter(f"{name}.weight"))
+            nn.init.constant_(block.get_parameter(f"{name}.bias"), size)
+        added = block(x.clone()) - x  # 0 or 1 / 0.7, plus 0 or 10 / 0.7
+        see.fact(own, ((added > 1) & (added < 15)).any())
 
 
 class _EncWith(reference.EncoderBlock):
@@ -6144,7 +6553,7 @@ class _EncNoResidual(_EncWith):
 
 
 class _EncResidualOnce(_EncWith):
-    """One of the two sublayers lacks its residual connection."""
+    """One of the two sub-layers lacks its residual connection."""
 
     without = None
 
@@ -6222,6 +6631,34 @@ class _EncNoNorm(_EncWith):
         return x + self.dropout(sublayer(x))
 
 
+class _EncNorm1Unused(_EncWith):
+    def around(self, x, sublayer, norm):
+        return super().around(x, sublayer, norm if norm is self.norm2 else nn.Identity())
+
+
+class _EncNorm2Unused(_EncWith):
+    def around(self, x, sublayer, norm):
+        return super().around(x, sublayer, norm if norm is self.norm1 else nn.Identity())
+
+
+class _EncFinalNorm(reference.EncoderBlock):
+    def forward(self, x, mask=None):
+        out = super().forward(x, mask)
+        return self.norm2(out) if self.norm_first else out
+
+
+class _EncMaskKept(_EncWith):
+    def forward(self, x, mask=None):
+        self.mask = getattr(self, "mask", None) if mask is None else mask
+        return super().forward(x, self.mask)
+
+
+class _EncAllAlike(_EncWith):
+    def __init__(self, d_model, num_heads, d_ff, dropout=0.0, norm_first=False, eps=1e-5):
+        super().__init__(d_model, num_heads, d_ff, dropout, norm_first, eps)
+        nn.init.zeros_(self.attention.output.weight)
+
+
 class _EncNormAtTheEnd(_EncWith):
     def around(self, x, sublayer, norm):
         if self.norm_first:
@@ -6247,8 +6684,42 @@ class _EncDropoutAfterNorm(_EncWith):
 class _EncDropoutOnInput(_EncWith):
     def around(self, x, sublayer, norm):
         if self.norm_first:
-            return x + sublayer(norm(self.dropout(x)))
+            return x + sublayer(self.dropout(norm(x)))
         return norm(x + sublayer(self.dropout(x)))
+
+
+class _EncDropoutOnResidual(_EncWith):
+    def around(self, x, sublayer, norm):
+        if self.norm_first:
+            return self.dropout(x) + sublayer(norm(x))
+        return norm(self.dropout(x) + sublayer(x))
+
+
+class _EncDropoutForgotten(_EncWith):
+    def around(self, x, sublayer, norm):
+        return x + sublayer(norm(x)) if self.norm_first else norm(x + sublayer(x))
+
+
+class _EncDropoutAtTheEnd(_EncDropoutForgotten):
+    def forward(self, x, mask=None):
+        return self.dropout(super().forward(x, mask))
+
+
+class _EncOneDraw(_EncWith):
+    def forward(self, x, mask=None):
+        self.kept = self.dropout(torch.ones_like(x))
+        return super().forward(x, mask)
+
+    def around(self, x, sublayer, norm):
+        if self.norm_first:
+            return x + self.kept * sublayer(norm(x))
+        return norm(x + self.kept * sublayer(x))
+
+
+class _EncOneDrawForTheBatch(_EncWith):
+    def around(self, x, sublayer, norm):
+        kept = self.dropout(torch.ones_like(x[:1]))
+        return x + kept * sublayer(norm(x)) if self.norm_first else norm(x + kept * sublayer(x))
 
 
 class _EncDropoutAlways(_EncWith):
@@ -6261,14 +6732,14 @@ class _EncDropoutAlways(_EncWith):
         return F.dropout(x, self.p)
 
 
-class _EncNoDropout(_EncWith):
-    def __init__(self, d_model, num_heads, d_ff, dropout=0.0, norm_first=False, eps=1e-5):
-        super().__init__(d_model, num_heads, d_ff, 0.0, norm_first, eps)
-
-
 class _EncDropoutFixed(_EncWith):
     def __init__(self, d_model, num_heads, d_ff, dropout=0.0, norm_first=False, eps=1e-5):
         super().__init__(d_model, num_heads, d_ff, 0.1, norm_first, eps)
+
+
+class _EncDropoutOfAHalf(_EncWith):
+    def __init__(self, d_model, num_heads, d_ff, dropout=0.0, norm_first=False, eps=1e-5):
+        super().__init__(d_model, num_heads, d_ff, 0.5, norm_first, eps)
 
 
 class _EncDropoutByDefault(_EncWith):
@@ -6390,6 +6861,11 @@ class _EncNoEps(_EncWith):
         super().__init__(d_model, num_heads, d_ff, dropout, norm_first)
 
 
+class _EncEpsOfBert(_EncWith):
+    def __init__(self, d_model, num_heads, d_ff, dropout=0.0, norm_first=False, eps=1e-12):
+        super().__init__(d_model, num_heads, d_ff, dropout, norm_first, eps)
+
+
 class _EncEpsOnce(_EncWith):
     def __init__(self, d_model, num_heads, d_ff, dropout=0.0, norm_first=False, eps=1e-5):
         super().__init__(d_model, num_heads, d_ff, dropout, norm_first, eps)
@@ -6466,7 +6942,7 @@ class _EncOwnDropout(_EncWith):
 
 
 class _EncFactored(nn.Module):
-    """The sublayers in a loop, and the parts under the names asked for."""
+    """The sub-layers in a loop, and the parts under the names asked for."""
 
     def __init__(self, d_model, num_heads, d_ff, dropout=0.0, norm_first=False, eps=1e-5):
         super().__init__()
@@ -6488,6 +6964,193 @@ class _EncFactored(nn.Module):
         return x
 
 
+# What may be wrong in both orders, or in one branch alone.
+_ENC_MISTAKES = (
+    Misconception(
+        "no_residual",  # museum 3.25
+        _EncNoResidual,
+        "There are no residual connections: what comes out of a sub-layer replaces x where it "
+        "should be added to it. Where a sub-layer returns zero, x should still come through.",
+    ),
+    Misconception(
+        "no_residual_around_attention",  # museum 3.25
+        _EncNoResidualAttention,
+        "The residual connection around attention is missing, so that a token keeps nothing of "
+        "itself but what attention brings back. Each of the two sub-layers is added to its "
+        "input.",
+    ),
+    Misconception(
+        "no_residual_around_feed_forward",  # museum 3.25, museum C7
+        _EncNoResidualFeedForward,
+        "The residual connection around the feed-forward network is missing. It is not "
+        "attention's own: each of the two sub-layers is added to its input.",
+    ),
+    Misconception(
+        "norms_not_used",
+        _EncNoNorm,
+        "You make the two norms and use neither. Without them the values grow from block to block.",
+    ),
+    Misconception(
+        "dropout_on_the_sum",
+        _EncDropoutOnSum,
+        "You drop out the sum, and so parts of x itself. Dropout acts on what the sub-layer "
+        "returns, before it is added: the residual connection stays whole.",
+    ),
+    Misconception(
+        "dropout_after_the_norm",
+        _EncDropoutAfterNorm,
+        "There is a dropout right behind a norm. Its place is right behind the sub-layer, on what "
+        "is about to be added to x, and nowhere else.",
+    ),
+    Misconception(
+        "dropout_on_the_input",
+        _EncDropoutOnInput,
+        "You drop out the sub-layer's input. Dropout acts on what the sub-layer returns, before "
+        "it is added to x.",
+    ),
+    Misconception(
+        "dropout_never",
+        _EncDropoutForgotten,
+        "Your block drops nothing, whatever `dropout` says. In training mode what each of the "
+        "two sub-layers returns goes through dropout before it is added.",
+    ),
+    Misconception(
+        "dropout_after_attention_only",
+        _EncDropoutAttentionOnly,
+        "Only what attention returns goes through dropout. What the feed-forward network "
+        "returns does so too.",
+    ),
+    Misconception(
+        "dropout_after_feed_forward_only",
+        _EncDropoutFeedForwardOnly,
+        "Only what the feed-forward network returns goes through dropout. What attention "
+        "returns does so too.",
+    ),
+    Misconception(
+        "dropout_inside_the_feed_forward",
+        _EncDropoutInside,
+        "You drop out the hidden values of the feed-forward network as well, which torch's "
+        "own layer does too. The paper, and this block, drop what each sub-layer returns and "
+        "nothing inside it.",
+    ),
+    Misconception(
+        "feed_forward_of_the_input",
+        _EncFedByInput,
+        "Your feed-forward network is fed by the block's input. It takes what attention and "
+        "its residual connection have made of it: the sub-layers come one after the other.",
+    ),
+    Misconception(
+        "second_residual_of_the_input",
+        _EncSecondResidualOfInput,
+        "Around the feed-forward network you add the block's input. Each residual connection "
+        "adds the input of its own sub-layer, and that is what attention's part has returned.",
+    ),
+    Misconception(
+        "no_feed_forward",  # museum C7
+        _EncOnlyAttention,
+        "Your block ends after attention. The feed-forward network, with its own residual "
+        "connection and norm, is the second half.",
+    ),
+    Misconception(
+        "feed_forward_first",
+        _EncFeedForwardFirst,
+        "Your feed-forward network comes before attention. Attention gathers first, and the "
+        "feed-forward network works on what was gathered.",
+    ),
+    Misconception(
+        "one_norm_used_twice",
+        _EncOneNormUsed,
+        "You use norm1 in both places, and norm2 nowhere. Each sub-layer has its own norm, with "
+        "weights of its own.",
+    ),
+    Misconception(
+        "norms_exchanged",
+        _EncNormsSwapped,
+        "norm1 and norm2 have changed places. With new weights nothing shows; loaded weights "
+        "end up in the wrong one. norm1 belongs to attention.",
+    ),
+    Misconception(
+        "mask_inverted",
+        _EncMaskInverted,
+        "You invert the mask. True means that a query may look there, for the block as for "
+        "the attention inside it: hand it on as it is.",
+    ),
+    Misconception(
+        "no_output_matrix",  # museum C7
+        _EncNoOutputMatrix,
+        "You leave out attention's output matrix, and add the heads side by side to x. What "
+        "the heads found has to be mixed first; use your MultiHeadAttention as it is.",
+    ),
+    Misconception(
+        "in_place",
+        _EncInPlace,
+        "You add to x in place, and so change the tensor of whoever called the block; autograd "
+        "refuses it where x is a leaf that requires a gradient. `x = x + …` makes a new one.",
+    ),
+    Misconception(
+        "norm1_not_used",
+        _EncNorm1Unused,
+        "You never use norm1. Attention has a norm of its own, as the feed-forward network has "
+        "norm2.",
+    ),
+    Misconception(
+        "norm2_not_used",
+        _EncNorm2Unused,
+        "You never use norm2. The feed-forward network has a norm of its own, as attention has "
+        "norm1.",
+    ),
+    Misconception(
+        "dropout_on_the_residual",
+        _EncDropoutOnResidual,
+        "You drop out x, and add what the sub-layer returns whole. It is the other way round: "
+        "the residual connection stays whole.",
+    ),
+    Misconception(
+        "dropout_at_the_end",
+        _EncDropoutAtTheEnd,
+        "There is a dropout at the end of the block, and so on x itself. Its place is right behind "
+        "each sub-layer, on what is about to be added to x, and nowhere else.",
+    ),
+    Misconception(
+        "one_draw_for_both_sub_layers",
+        _EncOneDraw,
+        "You draw once what to drop and use it for both sub-layers. Each of them has draws of "
+        "its own.",
+    ),
+)
+
+
+def _in_one_order(mistake, norm_first):
+    """The same mistake in one branch of an answer whose other branch is right."""
+
+    class EncoderBlock(mistake.implementation):
+        def forward(self, x, mask=None):
+            if self.norm_first is norm_first:
+                return super().forward(x, mask)
+            return reference.EncoderBlock.forward(self, x, mask)
+
+    order = "pre_norm" if norm_first else "post_norm"
+    message = f"{mistake.message[0].lower()}{mistake.message[1:]}"
+    branch = order.replace("_", "-")
+    return Misconception(
+        f"{mistake.slug}_in_{order}", EncoderBlock, f"In your {branch} branch: {message}"
+    )
+
+
+_ENC_THE_SAME = (  # in one branch alone, these are others of the list
+    ("norm1_not_used", False),
+    ("dropout_after_the_norm", True),
+    ("dropout_at_the_end", False),
+    ("dropout_at_the_end", True),
+)
+_ENC_IN_ONE_ORDER = tuple(
+    _in_one_order(mistake, norm_first)
+    for mistake in _ENC_MISTAKES
+    for norm_first in (False, True)
+    if (mistake.slug, norm_first) not in _ENC_THE_SAME
+)
+
+
 ENCODER_BLOCK = Exercise(
     slug="encoder_block",
     chapter=3,
@@ -6497,29 +7160,12 @@ ENCODER_BLOCK = Exercise(
     reference=reference.EncoderBlock,
     observe=_observe_encoder_block,
     misconceptions=(
-        Misconception(
-            "no_residual",  # museum 3.25
-            _EncNoResidual,
-            "Your block has no residual connections: what comes out of a sublayer replaces x where "
-            "it should be added to it. With sublayers that return zero, x must come through.",
-        ),
-        Misconception(
-            "no_residual_around_attention",  # museum 3.25
-            _EncNoResidualAttention,
-            "The residual connection around attention is missing, so that a token keeps nothing of "
-            "itself but what attention brings back. Each of the two sublayers is added to its "
-            "input.",
-        ),
-        Misconception(
-            "no_residual_around_feed_forward",  # museum 3.25, museum C7
-            _EncNoResidualFeedForward,
-            "The residual connection around the feed-forward network is missing. It is not "
-            "attention's own: each of the two sublayers is added to its input.",
-        ),
+        *_ENC_MISTAKES,
+        *_ENC_IN_ONE_ORDER,
         Misconception(
             "norm_on_the_sublayer_alone",  # museum C7
             _EncNormBeforeAdding,
-            "In post-norm you normalise what the sublayer returns and add x afterwards, so that "
+            "In post-norm you normalise what the sub-layer returns and add x afterwards, so that "
             "the sum itself is never normalised. Post-norm is norm(x + sublayer(x)).",
         ),
         Misconception(
@@ -6532,25 +7178,26 @@ ENCODER_BLOCK = Exercise(
             "norm_first_ignored",
             _EncAlwaysPost,
             "Your block is post-norm whatever `norm_first` says. With norm_first=True each norm "
-            "moves in front of its sublayer, inside the residual connection.",
+            "moves in front of its sub-layer, inside the residual connection.",
         ),
         Misconception(
             "always_pre_norm",
             _EncAlwaysPre,
-            "Your block is pre-norm whatever `norm_first` says. By default the norm comes last: "
-            "norm(x + sublayer(x)), as in the paper and in BERT.",
+            "Your block is pre-norm where `norm_first` is not given: it always is, or the default "
+            "is True. By default the norm comes last: norm(x + sublayer(x)), as in the paper and "
+            "in BERT.",
         ),
         Misconception(
             "pre_and_post_exchanged",
             _EncInverted,
             "You exchanged the two orders. norm_first=True means that x goes through the norm "
-            "first and through the sublayer afterwards; by default the norm comes last.",
+            "first and through the sub-layer afterwards; by default the norm comes last.",
         ),
         Misconception(
             "pre_norm_for_attention_only",
             _EncPreFirstOnly,
             "With norm_first=True only your attention is pre-norm; the feed-forward network is "
-            "post-norm still. Both sublayers follow the same order.",
+            "post-norm still. Both sub-layers follow the same order.",
         ),
         Misconception(
             "residual_of_the_normed_x",
@@ -6562,38 +7209,20 @@ ENCODER_BLOCK = Exercise(
         Misconception(
             "normed_before_and_after",
             _EncNormBothSides,
-            "In pre-norm you apply the norm before the sublayer and after the sum as well. There "
-            "it comes before the sublayer only; the sum stays as it is.",
+            "In pre-norm you apply the norm before the sub-layer and after the sum as well. There "
+            "it comes before the sub-layer only; the sum stays as it is.",
         ),
         Misconception(
-            "norms_not_used",
-            _EncNoNorm,
-            "You make the two norms and use neither. Without them the values grow from block to "
-            "block.",
+            "norm_at_the_end_of_pre_norm",
+            _EncFinalNorm,
+            "In pre-norm you normalise once more at the end of the block, with norm2. Its output "
+            "is the bare sum: some models have such a norm, once, behind their last block.",
         ),
         Misconception(
             "one_norm_at_the_end",  # museum C7
             _EncNormAtTheEnd,
             "In post-norm you normalise once, at the end of the block. There are two norms: the "
             "one after attention comes before the feed-forward network.",
-        ),
-        Misconception(
-            "dropout_on_the_sum",
-            _EncDropoutOnSum,
-            "You drop out the sum, and so parts of x itself. Dropout acts on what the sublayer "
-            "returns, before it is added: the residual connection stays whole.",
-        ),
-        Misconception(
-            "dropout_after_the_norm",
-            _EncDropoutAfterNorm,
-            "Your dropout stands right behind the norm. It belongs right behind the sublayer, on "
-            "what is about to be added to x.",
-        ),
-        Misconception(
-            "dropout_on_the_input",
-            _EncDropoutOnInput,
-            "You drop out the sublayer's input. Dropout acts on what the sublayer returns, before "
-            "it is added to x.",
         ),
         Misconception(
             "dropout_in_evaluation",  # museum 3.18
@@ -6603,16 +7232,16 @@ ENCODER_BLOCK = Exercise(
             "nn.Dropout does.",
         ),
         Misconception(
-            "dropout_never",
-            _EncNoDropout,
-            "Your block drops nothing, whatever `dropout` says. In training mode what each of the "
-            "two sublayers returns goes through dropout before it is added.",
-        ),
-        Misconception(
             "dropout_fixed",
             _EncDropoutFixed,
             "You write 0.1 where the argument `dropout` belongs. That is the paper's value; here "
             "the argument decides, and its default is 0.",
+        ),
+        Misconception(
+            "dropout_of_a_half",
+            _EncDropoutOfAHalf,
+            "Your block drops half of the values, whatever `dropout` says. That is what nn.Dropout "
+            "does when it is given no number: hand the argument on.",
         ),
         Misconception(
             "dropout_by_default",
@@ -6626,21 +7255,15 @@ ENCODER_BLOCK = Exercise(
             "You hand on 1 − dropout. In torch p is the probability to drop, not to keep.",
         ),
         Misconception(
-            "dropout_after_attention_only",
-            _EncDropoutAttentionOnly,
-            "Only what attention returns goes through dropout. What the feed-forward network "
-            "returns does so too.",
-        ),
-        Misconception(
-            "dropout_after_feed_forward_only",
-            _EncDropoutFeedForwardOnly,
-            "Only what the feed-forward network returns goes through dropout. What attention "
-            "returns does so too.",
-        ),
-        Misconception(
             "dropout_of_whole_tokens",
             _EncDropoutTokens,
             "You drop whole tokens: one draw decides for all features. Each value has a draw of "
+            "its own.",
+        ),
+        Misconception(
+            "one_draw_for_the_batch",
+            _EncOneDrawForTheBatch,
+            "One draw decides for a place in all samples of the batch. Each value has a draw of "
             "its own.",
         ),
         Misconception(
@@ -6650,53 +7273,10 @@ ENCODER_BLOCK = Exercise(
             "smaller in training than in evaluation. What is kept is divided by 1 − p.",
         ),
         Misconception(
-            "dropout_inside_the_feed_forward",
-            _EncDropoutInside,
-            "You drop out the hidden values of the feed-forward network as well, which torch's "
-            "own layer does too. The paper, and this block, drop what each sublayer returns and "
-            "nothing inside it.",
-        ),
-        Misconception(
-            "feed_forward_of_the_input",
-            _EncFedByInput,
-            "Your feed-forward network is fed by the block's input. It takes what attention and "
-            "its residual connection have made of it: the sublayers come one after the other.",
-        ),
-        Misconception(
-            "second_residual_of_the_input",
-            _EncSecondResidualOfInput,
-            "Around the feed-forward network you add the block's input. Each residual connection "
-            "adds the input of its own sublayer, and that is what attention's part has returned.",
-        ),
-        Misconception(
-            "no_feed_forward",  # museum C7
-            _EncOnlyAttention,
-            "Your block ends after attention. The feed-forward network, with its own residual "
-            "connection and norm, is the second half.",
-        ),
-        Misconception(
-            "feed_forward_first",
-            _EncFeedForwardFirst,
-            "Your feed-forward network comes before attention. Attention gathers first, and the "
-            "feed-forward network works on what was gathered.",
-        ),
-        Misconception(
-            "one_norm_used_twice",
-            _EncOneNormUsed,
-            "You use norm1 in both places, and norm2 nowhere. Each sublayer has its own norm, with "
-            "weights of its own.",
-        ),
-        Misconception(
             "one_norm_under_two_names",
             _EncOneNormShared,
-            "norm1 and norm2 are one norm under two names, with one set of weights. Each sublayer "
+            "norm1 and norm2 are one norm under two names, with one set of weights. Each sub-layer "
             "has its own.",
-        ),
-        Misconception(
-            "norms_exchanged",
-            _EncNormsSwapped,
-            "norm1 and norm2 have changed places. With new weights nothing shows; loaded weights "
-            "end up in the wrong one. norm1 belongs to attention.",
         ),
         Misconception(
             "mask_not_handed_on",  # museum F11
@@ -6705,10 +7285,16 @@ ENCODER_BLOCK = Exercise(
             "like words.",
         ),
         Misconception(
-            "mask_inverted",
-            _EncMaskInverted,
-            "You invert the mask. True means that a query may look there, for the block as for "
-            "the attention inside it: hand it on as it is.",
+            "mask_kept",
+            _EncMaskKept,
+            "You keep the mask of an earlier call and use it where none is given. A call without "
+            "a mask hides nothing: hand on what this call was given.",
+        ),
+        Misconception(
+            "weights_all_alike",
+            _EncAllAlike,
+            "In one of your layers all weights start with the same number, so that its features "
+            "all compute the same. nn.Linear draws its weights at random: leave them as drawn.",
         ),
         Misconception(
             "mask_in_pre_norm_only",
@@ -6727,6 +7313,12 @@ ENCODER_BLOCK = Exercise(
             "BERT's is 1e-12.",
         ),
         Misconception(
+            "eps_of_bert_as_default",
+            _EncEpsOfBert,
+            "Your default for eps is 1e-12, BERT's. Here it is 1e-5, torch's; BERT's own is "
+            "handed over where BERT is loaded.",
+        ),
+        Misconception(
             "eps_for_norm1_only",
             _EncEpsOnce,
             "Only norm1 is given eps; norm2 keeps its own default. Both norms of a block share the "
@@ -6743,30 +7335,18 @@ ENCODER_BLOCK = Exercise(
             _EncFourTimes,
             "You make the feed-forward network 4 · d_model wide, whatever `d_ff` says.",
         ),
-        Misconception(
-            "no_output_matrix",  # museum C7
-            _EncNoOutputMatrix,
-            "You leave out attention's output matrix, and add the heads side by side to x. What "
-            "the heads found has to be mixed first; use your MultiHeadAttention as it is.",
-        ),
-        Misconception(
-            "in_place",
-            _EncInPlace,
-            "You add to x in place, and so change the tensor of whoever called the block; autograd "
-            "refuses it where x is a leaf that requires a gradient. `x = x + …` makes a new one.",
-        ),
     ),
     alternatives=(_EncTorchNorms, _EncFunctionalDropout, _EncOwnDropout, _EncFactored),
     rtol=1e-6,  # what it is made of may be the learner's own, right to float32's digits
     atol=1e-6,
     hints=(
-        "Write post-norm first, sublayer by sublayer: what does attention return, what is it "
+        "Write post-norm first, sub-layer by sub-layer: what does attention return, what is it "
         "added to, and where does the norm go?",
         "Post-norm: norm(x + dropout(sublayer(x))). Pre-norm: x + dropout(sublayer(norm(x))). "
-        "The second sublayer starts from what the first has made of x, in both orders.",
-        "norm_first: x = x + self.dropout(self.attention(self.norm1(x), mask)), then the same "
-        "with feed_forward and norm2. Otherwise x = self.norm1(x + self.dropout("
-        "self.attention(x, mask))), then the same with feed_forward and norm2.",
+        "The second sub-layer starts from what the first has made of x, in both orders.",
+        "Four lines are enough, two for each order. The first line of an order makes a new x with "
+        "attention, which takes the mask as well, and norm1; the second does the same with "
+        "feed_forward and norm2. One self.dropout serves all four, since each call draws anew.",
     ),
 )
 
@@ -6826,7 +7406,7 @@ def _observe_load_bert_layer(load_bert_layer, see):
         see.fact("the block's parameters are the ones that it was made with", same)
         grad = all(p.requires_grad for p in after.values())
         see.fact("the block's parameters still require a gradient", grad)
-        see("how many tensors the state_dict has", len(state))
+        see("the number of tensors in the state_dict", len(state))
         alike = all(torch.equal(state[name], value) for name, value in kept.items())
         see.fact("the tensors of the state_dict are as they were", alike)
         with torch.no_grad():
@@ -6844,32 +7424,69 @@ def _observe_load_bert_layer(load_bert_layer, see):
     with see.probe("layer 0 of 0 to 2, the names of the state_dict in alphabetical order"):
         run(3, 4, 7, 0, alphabetical=True)
 
-    def refuses(statement, change):
-        block = reference.EncoderBlock(4, 2, 6)
-        state = _bert_state_dict(see, 3, 4, 6)
-        layer = change(state)
+    def loads(block, state, layer):
+        """Whether it returns; an exception is an answer here."""
         try:
             load_bert_layer(block, state, layer)
-        except Exception as error:
-            see.fact(statement, not isinstance(error, NotImplementedError))
-        else:
-            see.fact(statement, False)
+        except NotImplementedError:
+            raise
+        except Exception:
+            return False
+        return True
+
+    def refuses(statement, change):
+        """Asked of an answer that loads nothing else wrongly: one mistake at a time is told."""
+        spoilt = dict(sorted(_bert_state_dict(see, 11, 4, 6).items()))
+        state, kept = ({n: t.clone() for n, t in spoilt.items()} for _ in range(2))
+        layer = change(spoilt)
+        block = reference.EncoderBlock(4, 2, 6)
+        before = dict(block.named_parameters())
+        start = {name: p.detach().clone() for name, p in before.items()}
+        right = loads(block, state, 1) and state.keys() == kept.keys()
+        idle = all(torch.equal(p, start[name]) for name, p in block.named_parameters())
+        with torch.no_grad():
+            for p in block.parameters():
+                p.mul_(2)  # and nothing of the state_dict with it
+        right = (
+            right
+            and all(torch.equal(state[name], tensor) for name, tensor in kept.items())
+            and all(p is before[name] and p.requires_grad for name, p in block.named_parameters())
+            and all(torch.equal(before[n], 2 * t) for n, t in _bert_tensors(kept, 1).items())
+        )
+        see.fact("layer 1 is copied rightly where every tensor is as it should be", right)
+        if right or idle:
+            see.fact(statement, not loads(block, spoilt, layer))
 
     def without(name):
         return lambda state: state.pop(f"encoder.layer.1.{name}") is None or 1
 
+    def changed(name, change):
+        def of(state):
+            state[f"encoder.layer.1.{name}"] = change(state[f"encoder.layer.1.{name}"]).clone()
+            return 1
+
+        return of
+
+    def wider(state):
+        state.update(_bert_state_dict(see, 2, 8, 6))
+        return 1
+
     for name in ("output.dense.bias", "attention.self.key.weight", "output.LayerNorm.weight"):
         with see.probe(f"layer 1, and encoder.layer.1.{name} is missing"):
             refuses("an exception is raised where a tensor is missing", without(name))
-    with see.probe("layer 3, where there are the layers 0 to 2"):
-        refuses("an exception is raised where there is no such layer", lambda state: 3)
+    with see.probe("layer 11, where there are the layers 0 to 10"):
+        refuses("an exception is raised where there is no such layer", lambda state: 11)
+    misfit = "an exception is raised where a shape differs"
     with see.probe("layer 1, and its tensors are those of a wider network"):
-
-        def wider(state):
-            state.update(_bert_state_dict(see, 3, 8, 6))
-            return 1
-
-        refuses("an exception is raised where a shape differs", wider)
+        refuses(misfit, wider)
+    for name, what, change in (
+        ("output.dense.bias", "has shape (1,)", lambda t: t[:1]),
+        ("intermediate.dense.weight", "is transposed", torch.t),
+        ("intermediate.dense.weight", "has shape (8, 3)", lambda t: t.reshape(8, 3)),
+        ("intermediate.dense.weight", "lacks a row", lambda t: t[:5]),
+    ):
+        with see.probe(f"layer 1, and encoder.layer.1.{name} {what}"):
+            refuses(misfit, changed(name, change))
 
 
 _BERT_NAMES = {
@@ -7079,10 +7696,6 @@ def _bert_new_parameters_shared(block, state_dict, layer):
         setattr(block.get_submodule(module), kind, nn.Parameter(tensor))
 
 
-def _bert_assigned_checked(block, state_dict, layer):
-    block.load_state_dict(_bert_tensors(state_dict, layer), assign=True)
-
-
 def _bert_frozen(block, state_dict, layer):
     _bert_copied(block, _bert_tensors(state_dict, layer))
     block.requires_grad_(False)
@@ -7120,6 +7733,43 @@ def _bert_by_order(block, state_dict, layer):
             p.copy_(tensor)
 
 
+def _bert_each(fill):
+    """Fills the parameters one by one, without comparing shapes first."""
+
+    @torch.no_grad()
+    def load(block, state_dict, layer):
+        params = dict(block.named_parameters())
+        for name, tensor in _bert_tensors(state_dict, layer).items():
+            fill(params[name], tensor)
+
+    return load
+
+
+def _bert_fill_rows(p, tensor):
+    p[: len(tensor)] = tensor
+
+
+_bert_stretched = _bert_each(lambda p, t: p.copy_(t))
+_bert_reshaped = _bert_each(lambda p, t: p.copy_(t.reshape(p.shape)))
+_bert_turned_or_stretched = _bert_each(lambda p, t: p.copy_(t if t.shape == p.shape else t.T))
+_bert_first_rows = _bert_each(_bert_fill_rows)
+
+
+@torch.no_grad()
+def _bert_skips_and_stretches(block, state_dict, layer):
+    for ours, p in block.named_parameters():
+        module, kind = ours.rsplit(".", 1)
+        tensor = state_dict.get(f"encoder.layer.{layer}.{_BERT_NAMES[module]}.{kind}")
+        if tensor is not None:
+            p.copy_(tensor)
+
+
+def _bert_turned_and_checked(block, state_dict, layer):
+    shapes = {name: p.shape for name, p in block.named_parameters()}
+    tensors = _bert_tensors(state_dict, layer)
+    _bert_copied(block, {n: t if t.shape == shapes[n] else t.T for n, t in tensors.items()})
+
+
 def _bert_renamed(block, state_dict, layer):
     prefix = f"encoder.layer.{layer}."
     tensors = {}
@@ -7148,8 +7798,10 @@ def _bert_by_hand(block, state_dict, layer, prefix="encoder.layer"):
         (block.norm2, "output.LayerNorm"),
     ]
     for module, name in pairs:
-        module.weight.copy_(state_dict[f"{prefix}.{layer}.{name}.weight"])
-        module.bias.copy_(state_dict[f"{prefix}.{layer}.{name}.bias"])
+        for kind, p in module.named_parameters():
+            tensor = state_dict[f"{prefix}.{layer}.{name}.{kind}"]
+            assert tensor.shape == p.shape, f"{name} has shape {tuple(tensor.shape)}"
+            p.copy_(tensor)
 
 
 def _bert_by_data(block, state_dict, layer):
@@ -7344,11 +7996,53 @@ LOAD_BERT_LAYER = Exercise(
             "raise.",
         ),
         Misconception(
+            "missing_skipped_and_small_stretched",
+            _bert_skips_and_stretches,
+            "What is there you load rightly. A tensor that is missing you skip without a word, and "
+            "its part stays random; and `copy_` stretches a bias of a single number over all "
+            "places. Let both raise.",
+        ),
+        Misconception(
             "other_shapes_go_by",
             _bert_shape_ignored,
             "The numbers are right. But a tensor of another shape goes by without a word, and the "
-            "block is left with a part that is random still or no longer fits the others. Let it "
-            "raise; copying into a parameter does so by itself.",
+            "block is left with a part that is random still or no longer fits the others. Compare "
+            "the shapes and raise where they differ; `load_state_dict` does both by itself.",
+        ),
+        Misconception(
+            "small_tensors_stretched",
+            _bert_stretched,
+            "The numbers are right. But copying with `copy_` or by assignment broadcasts: a bias "
+            "of a single number is stretched over all places without a word. Compare the shapes "
+            "before you copy.",
+        ),
+        Misconception(
+            "reshaped_to_fit",
+            _bert_reshaped,
+            "The numbers are right. But you reshape whatever comes to the shape of the parameter, "
+            "so that a transposed matrix is taken in with its numbers in the wrong places. Where "
+            "the shapes differ, raise.",
+        ),
+        Misconception(
+            "transposed_to_fit",
+            _bert_turned_and_checked,
+            "The numbers are right. But a matrix whose shape does not fit you transpose until it "
+            "does. Such a file is not what it is taken for, and square matrices tell nothing "
+            "either way: raise.",
+        ),
+        Misconception(
+            "transposed_or_stretched",
+            _bert_turned_or_stretched,
+            "The numbers are right. But a matrix whose shape does not fit you transpose, and "
+            "`copy_` stretches a bias of a single number over all places. Such a file is not what "
+            "it is taken for: raise where the shapes differ.",
+        ),
+        Misconception(
+            "first_rows_filled",
+            _bert_first_rows,
+            "The numbers are right. But where a tensor has fewer rows than the parameter, you fill "
+            "the first ones and leave the others random. Compare the shapes and raise where they "
+            "differ.",
         ),
         Misconception(
             "storage_shared",
@@ -7367,16 +8061,9 @@ LOAD_BERT_LAYER = Exercise(
         Misconception(
             "parameters_replaced_and_shared",
             _bert_new_parameters_shared,
-            "You make parameters out of the state_dict's own tensors. Training the block then "
-            "changes the state_dict, an optimizer made before holds the old parameters, and a "
-            "wrong shape goes unnoticed; copy into the parameters that are there.",
-        ),
-        Misconception(
-            "assigned",
-            _bert_assigned_checked,
-            "With assign=True the block takes over the state_dict's own memory in new parameters: "
-            "training it changes the state_dict, and an optimizer made before trains the old "
-            "ones. Without it the numbers are copied.",
+            "Your block gets new parameters which are the state_dict's own tensors; assign=True "
+            "does that too. Training the block then changes the state_dict, and an optimizer made "
+            "before trains the old parameters; copy into those that are there.",
         ),
         Misconception(
             "frozen",
@@ -7463,35 +8150,50 @@ def _observe_encode_batch(encode_batch, see):
         return [see.randint(1, 14, length).tolist() for length in lengths]
 
     def run(label, embedding, block, sentences):
-        kept = copy.deepcopy(sentences)
+        kept, numbers = copy.deepcopy(sentences), copy.deepcopy((embedding.weight, block))
         out = see.call(label, encode_batch, embedding, block, sentences)
         see.fact(f"{label}: the sentences are left as they were", sentences == kept)
+        pairs = zip(block.parameters(), numbers[1].parameters(), strict=True)
+        same = torch.equal(embedding.weight, numbers[0]) and all(torch.equal(*p) for p in pairs)
+        see.fact(f"{label}: the numbers in embedding and block are left as they were", same)
+        see.fact(f"{label}: the block is still in training mode", block.training)
         return out
 
     with see.probe("sentences of 2, 5 and 3 tokens, d_model 6"):
         embedding, block = embedding_of(6), filled(reference.EncoderBlock(6, 2, 9))
-        out = run("the vectors", embedding, block, sentences_of(2, 5, 3))
+        out = run("the result", embedding, block, sentences_of(2, 5, 3))
         weights = {"the embedding": embedding.weight, "the keys": block.attention.key.weight}
-        see.gradients("the vectors", out, **weights)
+        see.gradients("the result", out, **weights)
     with see.probe("the same sentence alone, and with one of 9 tokens"):
         embedding, block = embedding_of(4), filled(reference.EncoderBlock(4, 2, 7))
         short, long = sentences_of(3, 9)
-        run("alone", embedding, block, [short])
-        run("with a longer one", embedding, block, [short, long])
-    with see.probe("four sentences of 4 tokens at most, as many as heads"):
+        run("the result alone", embedding, block, [short])
+        run("the result beside a longer one", embedding, block, [short, long])
+    with see.probe("four sentences of 4 tokens at most, as many as heads, in two orders"):
         embedding, block = embedding_of(8), filled(reference.EncoderBlock(8, 4, 5))
-        run("the vectors", embedding, block, sentences_of(3, 1, 4, 2))
+        sentences = sentences_of(3, 1, 4, 2)
+        run("the result", embedding, block, sentences)
+        run("the result of the other order", embedding, block, sentences[::-1])
     with see.probe("two blocks, one after the other"):
-        embedding = embedding_of(6)
-        first, second = (filled(reference.EncoderBlock(6, 3, 5)) for _ in range(2))
-
-        def both(x, mask=None):
-            return second(first(x, mask), mask)
-
-        run("the vectors", embedding, both, sentences_of(7, 2, 4, 5))
+        block = _BlocksInARow(*(filled(reference.EncoderBlock(6, 3, 5)) for _ in range(2)))
+        run("the result", embedding_of(6), block, sentences_of(7, 2, 4, 5))
     with see.probe("two sentences of 3 tokens"):
         block = filled(reference.EncoderBlock(6, 2, 9, norm_first=True))
-        run("the vectors", embedding_of(6), block, sentences_of(3, 3))
+        run("the result", embedding_of(6), block, sentences_of(3, 3))
+    with see.probe("sentences of 41 and 6 tokens"):
+        embedding, block = embedding_of(4), filled(reference.EncoderBlock(4, 2, 7))
+        run("the result", embedding, block, sentences_of(41, 6))
+
+
+class _BlocksInARow(nn.Module):
+    def __init__(self, *blocks):
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x, mask=None):
+        for block in self.blocks:
+            x = block(x, mask)
+        return x
 
 
 def _vectors_padded(sentences, padding=0):
@@ -7558,15 +8260,33 @@ def _vectors_first_token_hidden(embedding, block, sentences):
     return _vectors_first_of(embedding, block, ids, mask[:, None, None, :])
 
 
-def _vectors_float_mask(embedding, block, sentences):
-    ids = _vectors_padded(sentences)
-    return _vectors_first_of(embedding, block, ids, (ids != 0).double()[:, None, None, :])
+def _vectors_number_mask(dtype):
+    def encode_batch(embedding, block, sentences):
+        ids = _vectors_padded(sentences)
+        return _vectors_first_of(embedding, block, ids, (ids != 0).to(dtype)[:, None, None, :])
+
+    return encode_batch
 
 
 def _vectors_pads_zeroed(embedding, block, sentences):
     ids = _vectors_padded(sentences)
     x = embedding(ids) * (ids != 0)[..., None]
     return block(x)[:, 0]
+
+
+def _vectors_row_0_zeroed(mask):
+    def encode_batch(embedding, block, sentences):
+        with torch.no_grad():
+            embedding.weight[0] = 0
+        ids = _vectors_padded(sentences)
+        return block(embedding(ids), (ids != 0)[:, None, None, :] if mask else None)[:, 0]
+
+    return encode_batch
+
+
+def _vectors_eval(embedding, block, sentences):
+    block.eval()
+    return reference.encode_batch(embedding, block, sentences)
 
 
 def _vectors_padded_in_front(embedding, block, sentences):
@@ -7672,9 +8392,10 @@ FIX_MISSING_PADDING_MASK = Exercise(
         Misconception(
             "padding_still_seen",  # museum F11, F12, 4.1
             _vectors_no_mask,
-            "The tokens still look at the padding behind their sentence, of which there is the "
-            "more, the longer the longest sentence is. Hiding it in the output comes too late: "
-            "the block takes a mask that says where its tokens may look.",
+            "The mask hides no padding, or there is none. The tokens still look at the padding "
+            "after their sentence, of which there is the more, the longer the longest sentence "
+            "is. Hiding it in the output comes too late: the block takes a mask that says where "
+            "its tokens may look.",
         ),
         Misconception(
             "mask_inverted",  # museum 3.7, 4.1
@@ -7717,7 +8438,7 @@ FIX_MISSING_PADDING_MASK = Exercise(
         Misconception(
             "one_pad_seen",
             _vectors_one_pad_seen,
-            "Your mask is one too long: with `<=`, the first padding behind each sentence counts "
+            "Your mask is one too long: with `<=`, the first padding after each sentence counts "
             "as a token. Positions count from 0, so a sentence of 3 tokens ends at position 2.",
         ),
         Misconception(
@@ -7734,15 +8455,49 @@ FIX_MISSING_PADDING_MASK = Exercise(
         ),
         Misconception(
             "mask_of_floats",
-            _vectors_float_mask,
-            "Your mask holds the numbers 1 and 0. This chapter's masks are boolean, True where a "
-            "query may look; the comparison gives that already.",
+            _vectors_number_mask(torch.float32),
+            "Your mask holds numbers. This chapter's masks are boolean, True where a query may "
+            "look; the comparison gives that already.",
+        ),
+        Misconception(
+            "mask_of_integers",
+            _vectors_number_mask(torch.int64),
+            "Your mask holds whole numbers, whose `~` is not that of True and False. This "
+            "chapter's masks are boolean, True where a query may look; the comparison gives that "
+            "already.",
+        ),
+        Misconception(
+            "mask_of_small_integers",
+            _vectors_number_mask(torch.int32),
+            "Your mask holds whole numbers of 32 bits, whose `~` is not that of True and False. "
+            "This chapter's masks are boolean, True where a query may look; the comparison gives "
+            "that already.",
         ),
         Misconception(
             "padding_embedded_as_zeros",
             _vectors_pads_zeroed,
             "You turn the embeddings of the padding into zeros. A key of zeros gets a score too, "
             "and softmax gives it its share of the weight; it takes a mask to make that share 0.",
+        ),
+        Misconception(
+            "row_0_set_to_zero",
+            _vectors_row_0_zeroed(mask=True),
+            "The result is right. But you set row 0 of the embedding to zero, and it belongs to "
+            "the caller: whoever uses it next has another one. What the padding holds does not "
+            "matter once it is hidden.",
+        ),
+        Misconception(
+            "row_0_set_to_zero_unmasked",
+            _vectors_row_0_zeroed(mask=False),
+            "You set row 0 of the embedding to zero and hand over no mask. A key of zeros gets a "
+            "score too, and softmax gives it its share of the weight; and the embedding belongs "
+            "to the caller. Leave it as it is, and hide the padding.",
+        ),
+        Misconception(
+            "block_left_in_eval_mode",
+            _vectors_eval,
+            "The result is right. But you switch the block to evaluation and leave it there, so "
+            "that whoever trains it next does so without dropout. The mode is the caller's.",
         ),
         Misconception(
             "padded_in_front",  # museum 4.5
@@ -7759,8 +8514,8 @@ FIX_MISSING_PADDING_MASK = Exercise(
         Misconception(
             "cut_to_the_shortest",
             _vectors_cut_to_the_shortest,
-            "You cut all sentences to the length of the shortest. There is no padding then, and "
-            "what a sentence loses depends on its neighbours.",
+            "Of every sentence only as many tokens count as the shortest has: the others are cut "
+            "off or hidden. What a sentence loses then depends on its neighbours.",
         ),
         Misconception(
             "last_position",  # museum 4.3
@@ -7795,7 +8550,7 @@ FIX_MISSING_PADDING_MASK = Exercise(
         Misconception(
             "lists_extended",
             _vectors_lists_extended,
-            "The vectors are right, and the lists that were handed in now have padding at their "
+            "The result is right, and the lists that were handed in now have padding at their "
             "end: `+=` and `append` change a list in place. Make new ones.",
         ),
         Misconception(
@@ -7807,8 +8562,8 @@ FIX_MISSING_PADDING_MASK = Exercise(
         Misconception(
             "graph_cut",
             _vectors_without_graph,
-            "The vectors are right, and they are cut off from the graph: neither the embedding nor "
-            "the block could be trained through them.",
+            "The result is right, and it is cut off from the graph: neither the embedding nor the "
+            "block could be trained through it.",
         ),
     ),
     alternatives=(
@@ -7835,11 +8590,13 @@ def _observe_cross_attention(CrossAttention, see):
     names = _linear("query", "key", "value", "output")
 
     def made(d_model, num_heads):
-        return _with_weights(see, CrossAttention(d_model, num_heads), names)
+        module = _with_weights(see, CrossAttention(d_model, num_heads), names)
+        see("its num_heads", getattr(module, "num_heads", "missing"))
+        return module
 
-    def asked(module, x, memory, *mask):
-        out = see.call("the output", module, x, memory, *mask)
-        see.gradients("the output", out, x=x, memory=memory, **_parameters(module, names))
+    def asked(module, x, memory, *mask, label="the output"):
+        out = see.call(label, module, x, memory, *mask)
+        see.gradients(label, out, x=x, memory=memory, **_parameters(module, names))
 
     def pair(batch, n, m, d_model):
         return (
@@ -7867,6 +8624,12 @@ def _observe_cross_attention(CrossAttention, see):
     with see.probe("x (2, 5, 12) and memory (2, 7, 12) that are transposed views, 3 heads"):
         x = see.randn(5, 12, 2).permute(2, 0, 1).requires_grad_()
         asked(made(12, 3), x, see.randn(2, 12, 7).transpose(1, 2).requires_grad_())
+    with see.probe("a batch of one: x (1, 5, 12), memory (1, 7, 12), 3 heads, no mask"):
+        asked(made(12, 3), *pair(1, 5, 7, 12))
+    with see.probe("one module, two memories in turn: x (2, 5, 12), memory (2, 7, 12), 3 heads"):
+        module = made(12, 3)
+        for label in ("the output", "the output for the second memory"):
+            asked(module, *pair(2, 5, 7, 12), label=label)
     with see.probe("x (3, 5, 8), memory (3, 6, 8), 2 heads; sample 1 may look at nothing at all"):
         mask = torch.arange(6) < torch.tensor([6, 0, 2])[:, None]
         asked(made(8, 2), *pair(3, 5, 6, 8), mask[:, None, None, :])
@@ -7903,6 +8666,27 @@ class _CrossWith(nn.Module):
 class _CrossFromX(_CrossWith):
     def projected(self, x, memory):
         return self.query(x), self.key(x), self.value(x)
+
+
+class _CrossFromXUnmasked(_CrossWith):
+    def forward(self, x, memory, mask=None):
+        return super().forward(x, x)
+
+
+class _CrossFirstMemory(_CrossWith):
+    """Keeps what it made of the first memory."""
+
+    kept = None
+
+    def projected(self, x, memory):
+        if self.kept is None:
+            self.kept = self.key(memory), self.value(memory)
+        return self.query(x), *self.kept
+
+
+class _CrossSqueezed(_CrossWith):
+    def forward(self, x, memory, mask=None):
+        return super().forward(x, memory, mask).squeeze(0)
 
 
 class _CrossKeysFromX(_CrossWith):
@@ -8046,6 +8830,12 @@ class _CrossMaskInverted(_CrossWith):
         return super().attend(q, k, v, None if mask is None else ~mask)
 
 
+class _CrossBlindSeeAll(_CrossWith):
+    def attend(self, q, k, v, mask):
+        mask = mask if mask is None else mask | ~mask.any(dim=-1, keepdim=True)
+        return super().attend(q, k, v, mask)
+
+
 class _CrossMaskTransposed(_CrossWith):
     def attend(self, q, k, v, mask):
         return super().attend(q, k, v, None if mask is None else mask.transpose(-2, -1))
@@ -8168,7 +8958,7 @@ class _CrossByTorch(reference.MultiHeadAttention):
 class _CrossLoopOverHeads(nn.Module):
     def __init__(self, d_model, num_heads):
         super().__init__()
-        self.d_head = d_model // num_heads
+        self.num_heads, self.d_head = num_heads, d_model // num_heads
         self.query, self.key, self.value, self.output = (
             nn.Linear(d_model, d_model) for _ in range(4)
         )
@@ -8210,6 +9000,25 @@ CROSS_ATTENTION = Exercise(
             "has to come from the memory.",
         ),
         Misconception(
+            "self_attention_without_mask",  # museum 3.26
+            _CrossFromXUnmasked,
+            "You make queries, keys and values all from `x` and leave the mask aside: that is "
+            "self-attention, and your output stays the same whatever the memory says. What is "
+            "looked up, keys and values, has to come from the memory, and the mask with it.",
+        ),
+        Misconception(
+            "memory_of_the_first_call",
+            _CrossFirstMemory,
+            "You keep the keys and values of the first memory and use them for all that follow. "
+            "The next text has another memory: make them anew in every call.",
+        ),
+        Misconception(
+            "batch_of_one_squeezed",
+            _CrossSqueezed,
+            "With a batch of one, the axis of the batch is missing from your output: `squeeze` "
+            "takes away whatever has size 1. The output has x's shape, (batch, n, d_model).",
+        ),
+        Misconception(
             "keys_from_x",  # museum 3.26
             _CrossKeysFromX,
             "You make the keys from `x` and the values from the memory. A key is the label of the "
@@ -8238,7 +9047,7 @@ CROSS_ATTENTION = Exercise(
         Misconception(
             "x_among_the_memory",
             _CrossXInMemory,
-            "You put `x` behind the memory and attend to both. The tokens of `x` look at one "
+            "You put `x` after the memory and attend to both. The tokens of `x` look at one "
             "another in the self-attention before; here they may look at the memory alone.",
         ),
         Misconception(
@@ -8385,6 +9194,12 @@ CROSS_ATTENTION = Exercise(
             "chapter sees to that.",
         ),
         Misconception(
+            "queries_that_see_nothing_see_all",  # museum 3.21
+            _CrossBlindSeeAll,
+            "You let a query that may look at nothing look at everything. That avoids NaN, and "
+            "shows it the very tokens that the mask hides; such a query should get zeros.",
+        ),
+        Misconception(
             "not_scaled",  # museum 3.3, §5
             _CrossNotScaled,
             "You do not divide the scores by √d_head. They grow with the number of features, and "
@@ -8521,8 +9336,12 @@ def _observe_greedy_decode(greedy_decode, see):
                 if 0 < end < number and row < len(tokens):
                     tokens[row] = end_id  # what a row that is done is given does not matter
         see("the list of what next_logits is given", given)
-        see.fact("next_logits is called once for each new token", 0 <= len(calls) - new <= 1)
+        see.fact(
+            "next_logits is called once for each new token, and at most once more",
+            0 <= len(calls) - new <= 1,
+        )
         see.fact("torch records nothing for gradients inside next_logits", not any(recording))
+        see.fact("torch records again after the call, as before it", torch.is_grad_enabled())
 
     with see.probe("a prompt (4, 3); the rows end after 3, 6, 2 and 4 of at most 9 new tokens"):
         decoded(see.randint(0, 11, 4, 3) + 1, 12, 0, (3, 6, 2, 4), 9)
@@ -8532,6 +9351,10 @@ def _observe_greedy_decode(greedy_decode, see):
         prompt = see.randint(0, 5, 4, 3)
         prompt[1, 0] = prompt[2, 2] = prompt[3, 1] = 5
         decoded(prompt, 9, 5, (0, 0, 0, 0), 4)
+    with see.probe("a prompt (3, 4) with end_id 2 in every row; none ends within 5 new tokens"):
+        prompt = see.randint(3, 8, 3, 4)
+        prompt[0, 1] = prompt[1, 3] = prompt[2, 0] = 2
+        decoded(prompt, 8, 2, (0, 0, 0), 5)
     with see.probe("a prompt (3, 2); every row ends with its first new token"):
         decoded(see.randint(0, 6, 3, 2), 8, 6, (1, 1, 1), 5)
     with see.probe("a prompt (2, 6); the last row ends with the last of 5 new tokens"):
@@ -8709,6 +9532,44 @@ class _GreedyPromptEnds(_Greedy):
         return tokens
 
 
+class _GreedyDoneFromTheStart(_Greedy):
+    """Begins with rows that are done already."""
+
+    def ended(self, prompt, end_id):
+        return (prompt == end_id).any(dim=1)
+
+    def run(self, next_logits, prompt, end_id, max_new_tokens):
+        tokens = fed = prompt
+        done = self.ended(prompt, end_id)
+        for _ in range(max_new_tokens):
+            chosen = next_logits(fed)[:, -1].argmax(dim=-1).masked_fill(done, end_id)
+            fed, done = chosen[:, None], done | (chosen == end_id)
+            tokens = torch.cat((tokens, fed), dim=1)
+            if done.all():
+                break
+        return tokens
+
+
+class _GreedyDoneByLastToken(_GreedyDoneFromTheStart):
+    def ended(self, prompt, end_id):
+        return prompt[:, -1] == end_id
+
+
+class _GreedyPromptsEnd(_Greedy):
+    """Right but for the question whether to go on, which is asked of the prompt too."""
+
+    def run(self, next_logits, prompt, end_id, max_new_tokens):
+        tokens = fed = prompt
+        for _ in range(max_new_tokens):
+            if (tokens == end_id).any(dim=1).all():
+                break
+            done = (tokens[:, prompt.shape[1] :] == end_id).any(dim=1)
+            chosen = next_logits(fed)[:, -1].argmax(dim=-1)
+            fed = chosen.masked_fill(done, end_id)[:, None]
+            tokens = torch.cat((tokens, fed), dim=1)
+        return tokens
+
+
 class _GreedyLate(_Greedy):
     def run(self, next_logits, prompt, end_id, max_new_tokens):
         tokens = fed = prompt
@@ -8751,6 +9612,13 @@ class _GreedyOnlyNew(_Greedy):
 class _GreedyWithoutGraph(_Greedy):
     @classmethod
     def decode(cls, next_logits, prompt, end_id, max_new_tokens):
+        return cls().run(next_logits, prompt, end_id, max_new_tokens)
+
+
+class _GreedyLeavesGradOff(_Greedy):
+    @classmethod
+    def decode(cls, next_logits, prompt, end_id, max_new_tokens):
+        torch.set_grad_enabled(False)
         return cls().run(next_logits, prompt, end_id, max_new_tokens)
 
 
@@ -8925,7 +9793,7 @@ GREEDY_DECODE = Exercise(
             "whole_sequence_again",
             _GreedyAllAgain.decode,
             "You hand next_logits the whole sequence at every step. It remembers what it was "
-            "given, so the prompt is read again and again behind itself; after the first call it "
+            "given, so the prompt is read again and again after itself; after the first call it "
             "wants the newest token alone.",
         ),
         Misconception(
@@ -9095,6 +9963,27 @@ GREEDY_DECODE = Exercise(
             "between texts or as a beginning; only one that was produced ends a row.",
         ),
         Misconception(
+            "end_in_the_prompt_fills",
+            _GreedyDoneFromTheStart.decode,
+            "You fill a row with end_id from the first new token on when its prompt contains "
+            "end_id. Models use that token between texts or as a beginning; only one that was "
+            "produced ends a row.",
+        ),
+        Misconception(
+            "end_as_last_token_of_the_prompt",
+            _GreedyDoneByLastToken.decode,
+            "You take a row for finished when the last token of its prompt is end_id. Models use "
+            "that token between texts too, and go on after it; only one that was produced ends a "
+            "row.",
+        ),
+        Misconception(
+            "end_in_every_prompt_stops",
+            _GreedyPromptsEnd.decode,
+            "You stop when every row contains end_id somewhere, the prompt included. Where each "
+            "prompt has one, you return without having written what is wanted; only an end_id "
+            "that was produced counts.",
+        ),
+        Misconception(
             "stops_one_step_late",
             _GreedyLate.decode,
             "You ask whether all rows are done before this step's tokens are counted, so that a "
@@ -9137,6 +10026,13 @@ GREEDY_DECODE = Exercise(
             "comes, so that memory grows with each token. Tell it that no gradients are wanted.",
         ),
         Misconception(
+            "gradients_left_off",
+            _GreedyLeavesGradOff.decode,
+            "Your tokens are right. But you switch the recording of gradients off and leave it off "
+            "for all that comes after the call, so that the next training step fails. Switch it "
+            "off for a block of code, which ends by itself.",
+        ),
+        Misconception(
             "float_tokens",
             _greedy_float_tokens,
             "You collect the tokens in a tensor of floats, torch's default. Tokens are indices, "
@@ -9155,8 +10051,9 @@ GREEDY_DECODE = Exercise(
         _Greedy.decode,
     ),
     hints=(
-        "next_logits keeps a cache: write down for a prompt of three tokens what it has to be "
-        "given in the first, second and third call. Which of its logits say what comes next?",
+        "next_logits remembers what it was given: write down for a prompt of three tokens what it "
+        "has to be given in the first, second and third call. Which of its logits say what comes "
+        "next?",
         "Keep two things apart: `tokens`, everything so far, and `fresh`, what next_logits has "
         "not seen. Beside them a boolean tensor (batch,) that remembers which rows are done.",
         "Under torch.no_grad(), at most max_new_tokens times: logits of the last position, argmax "
@@ -9195,7 +10092,13 @@ def _observe_kv_cache(KVCache, see):
         first, second = KVCache(), KVCache()
         for number, cache in enumerate((first, second, first, second), start=1):
             appended(cache, number, 2, 4, 3 if number < 3 else 1, 5)
-        see("the lengths at the end", (len(first), len(second)))
+        see("the pair of lengths at the end", (len(first), len(second)))
+    with see.probe("130 times one position, (2, 3, 1, 4), then 1100 at once and 1 more"):
+        cache = KVCache()
+        for _ in range(130):
+            cache.append(see.randn(2, 3, 1, 4), see.randn(2, 3, 1, 4))
+        appended(cache, 131, 2, 3, 1100, 4)
+        appended(cache, 132, 2, 3, 1, 4)
     with see.probe("keys that are transposed views, as split_heads makes them"):
         cache = KVCache()
         for new in (2, 3):
@@ -9210,7 +10113,14 @@ def _observe_kv_cache(KVCache, see):
         for number, new in enumerate((4, 2, 1), start=1):
             k, v, stored = appended(cache, number, 2, 3, new, 5, requires_grad=True)
             given |= {f"k {number}": k, f"v {number}": v}
-        see.gradients("all keys and values", torch.cat(tuple(stored)), **given)
+        see.gradients("the joined keys and values", torch.cat(tuple(stored)), **given)
+    with see.probe("each call's result is used before the next, (2, 3, 4, 5), then 2 and 1 more"):
+        cache, given, used = KVCache(), {}, 0
+        for number, new in enumerate((4, 2, 1), start=1):
+            k, v, stored = appended(cache, number, 2, 3, new, 5, requires_grad=True)
+            given |= {f"k {number}": k, f"v {number}": v}
+            used = used + (stored[0] * stored[1]).sum(dim=2)
+        see.gradients("the sum of keys times values", used, **given)
 
 
 class _CacheWith(reference.KVCache):
@@ -9353,6 +10263,31 @@ class _CacheNewestValues(_CacheWith):
     def append(self, k, v):
         self.k, self.v = self.join(self.k, k), v
         return self.k, self.v
+
+
+class _CacheInPlace(_CacheWith):
+    """Writes into a buffer that doubles when it is full, and returns a view of it."""
+
+    length = 0
+
+    def join(self, old, new):
+        start, end = self.length, self.length + new.shape[2]
+        if old is None or old.shape[2] < end:
+            batch, heads, _, d_head = new.shape
+            buffer = new.new_zeros(batch, heads, max(16, 2 * end), d_head)
+            if old is not None:
+                buffer[:, :, :start] = old[:, :, :start]
+            old = buffer
+        old[:, :, start:end] = new
+        return old
+
+    def append(self, k, v):
+        super().append(k, v)
+        self.length += k.shape[2]
+        return self.k[:, :, : self.length], self.v[:, :, : self.length]
+
+    def __len__(self):
+        return self.length
 
 
 class _CacheOfTheClass(_CacheWith):
@@ -9516,7 +10451,7 @@ KV_CACHE = Exercise(
         Misconception(
             "stacked",
             _CacheStacks,
-            "You stack old and new, which makes a further axis. The new positions go behind the "
+            "You stack old and new, which makes a further axis. The new positions go after the "
             "old ones on the axis that is there already.",
         ),
         Misconception(
@@ -9529,7 +10464,7 @@ KV_CACHE = Exercise(
             "first_call_twice",
             _CacheFirstTwice,
             "You store what the first call brings twice: once as the beginning, and once more "
-            "behind it. Either start with it or join it to something empty.",
+            "after it. Either start with it or join it to something empty.",
         ),
         Misconception(
             "first_call_lost",
@@ -9610,7 +10545,7 @@ KV_CACHE = Exercise(
             "over are two things; look at the line for the values, which was perhaps copied.",
         ),
         Misconception(
-            "values_behind_keys",
+            "values_after_keys",
             _CacheKeysBeforeValues,
             "You join the new values to the old keys instead of the old values. Look at the line "
             "for the values, which was perhaps copied from that for the keys.",
@@ -9633,6 +10568,13 @@ KV_CACHE = Exercise(
             _CacheDetaches,
             "You cut keys and values off from the graph. When generating that changes nothing, "
             "but a cache that only stores leaves it to the caller whether gradients are wanted.",
+        ),
+        Misconception(
+            "written_in_place",
+            _CacheInPlace,
+            "You write into a buffer, and what you return is a view of it. The next call changes "
+            "the buffer, and with it what autograd keeps of this one for backward, which then "
+            "fails. Make a new tensor of old and new.",
         ),
         Misconception(
             "float32_from_the_start",
@@ -9711,14 +10653,33 @@ def _observe_cached_attention(cached_attention, see):
                 p.copy_(1.3 * see.randn(*p.shape) / math.sqrt(d_model if p.ndim > 1 else 4))
         return attention
 
+    def counted(attention):
+        """How many positions each layer of `attention` has projected so far, row by row."""
+        counts = dict.fromkeys(("query", "key", "value"), 0)
+
+        def count(name):
+            def hook(module, inputs):
+                counts[name] += inputs[0].shape[:-1].numel()
+
+            return hook
+
+        for name in counts:
+            getattr(attention, name).register_forward_pre_hook(count(name))
+        return counts
+
     def told(attention, cache, *chunks):
         """Chunk after chunk; the gradients at the end are those of the last output."""
+        counts, given = counted(attention), 0
         for number, x in enumerate(chunks, start=1):
             after = f"chunk {number}, {x.shape[1]} new"
             out = see.call(f"the output for {after}", cached_attention, attention, x, cache)
+            given += x.shape[:2].numel()
             see(f"the length of the cache after {after}", len(cache))
-            see(f"the cached keys after {after}", cache.k)
-            see(f"the cached values after {after}", cache.v)
+            if isinstance(cache, reference.KVCache):
+                see(f"the tensor of cached keys after {after}", cache.k)
+                see(f"the tensor of cached values after {after}", cache.v)
+            once = all(count <= given for count in counts.values())
+            see.fact(f"query, key and value have met no position twice after {after}", once)
         inputs = {f"x of chunk {i}": x for i, x in enumerate(chunks, start=1)}
         parameters = dict(sorted(attention.named_parameters()))
         see.gradients("the last output", out, **inputs, **parameters)
@@ -9741,12 +10702,14 @@ def _observe_cached_attention(cached_attention, see):
         attention, cache = made(10, 2), reference.KVCache()
         cache.append(see.randn(3, 2, 4, 5), see.randn(3, 2, 4, 5))
         told(attention, cache, *chunks(3, 10, 2))
+    with see.probe("another class of cache, append and len alike: x (2, 3, 12), then 2 new"):
+        told(made(12, 3), _CacheOfLists(), *chunks(2, 12, 3, 2))
     with see.probe("two caches in turn with one attention, x (2, 3, 12) and (2, 2, 12)"):
         attention, caches = made(12, 3), (reference.KVCache(), reference.KVCache())
         for number, x in enumerate(chunks(2, 12, 3, 3, 2, 2)):
             label = f"the output of turn {number + 1}"
             see.call(label, cached_attention, attention, x, caches[number % 2])
-            see(f"the lengths of both caches after turn {number + 1}", [len(c) for c in caches])
+            see(f"the pair of lengths after turn {number + 1}", [len(c) for c in caches])
 
 
 def _cached_projections(attention, x):
@@ -9855,6 +10818,30 @@ class _CachedCountedLate(_Cached):
         return self.finish(attention, self.attend(q, k, v, mask))
 
 
+class _CachedTorchCausal(_Cached):
+    """What `is_causal` of torch's attention hides where there are more keys than queries."""
+
+    def mask(self, past, new):
+        return None if new == 1 else torch.ones(new, past + new, dtype=torch.bool).tril()
+
+
+class _CachedByAttributes(_Cached):
+    def remember(self, cache, k, v):
+        cache.append(k, v)
+        return cache.k, cache.v
+
+
+class _CachedAttentionToo(_Cached):
+    """Runs the whole attention where there is no past, and projects once more for the cache."""
+
+    def forward(self, attention, x, cache):
+        if len(cache):
+            return super().forward(attention, x, cache)
+        _, k, v = self.projections(attention, x)
+        cache.append(k, v)
+        return attention(x, reference.causal_mask(x.shape[1]))
+
+
 class _CachedNotAtAll(_Cached):
     def forward(self, attention, x, cache):
         return attention(x, reference.causal_mask(x.shape[1]))
@@ -9910,9 +10897,12 @@ class _CachedInputs(_Cached):
     def forward(self, attention, x, cache):
         past, new = len(cache), x.shape[1]
         everything = cache.append(x[:, None], x[:, None])[0][:, 0]
-        _, k, v = self.projections(attention, everything)
-        q = reference.split_heads(attention.query(x), attention.num_heads)
-        return self.finish(attention, self.attend(q, k, v, _cached_mask(past, new)))
+        return self.of_everything(attention, x, everything, _cached_mask(past, new))
+
+    def of_everything(self, attention, x, everything, mask):
+        pairs = (attention.query, x), (attention.key, everything), (attention.value, everything)
+        q, k, v = (reference.split_heads(layer(t), attention.num_heads) for layer, t in pairs)
+        return self.finish(attention, self.attend(q, k, v, mask))
 
 
 class _CachedHeadsOfInputs(_Cached):
@@ -9922,14 +10912,12 @@ class _CachedHeadsOfInputs(_Cached):
         return q, heads, heads
 
 
-class _CachedProjectedTwice(_Cached):
+class _CachedProjectedTwice(_CachedInputs):
     def forward(self, attention, x, cache):
         past, new = len(cache), x.shape[1]
         heads = reference.split_heads(x, attention.num_heads)
         everything = reference.merge_heads(cache.append(heads, heads)[0])
-        _, k, v = self.projections(attention, everything)
-        q = reference.split_heads(attention.query(x), attention.num_heads)
-        return self.finish(attention, self.attend(q, k, v, _cached_mask(past, new)))
+        return self.of_everything(attention, x, everything, _cached_mask(past, new))
 
 
 class _CachedBeforeSplit(_Cached):
@@ -10073,8 +11061,7 @@ def _cached_one_by_one(attention, x, cache):
 
 def _cached_einsum(attention, x, cache):
     q, k, v = _cached_projections(attention, x)
-    cache.append(k, v)
-    k, v = cache.k, cache.v
+    k, v = cache.append(k, v)
     scores = torch.einsum("bhqd,bhkd->bhqk", q, k) * q.shape[-1] ** -0.5
     future = torch.full(scores.shape[-2:], -math.inf, dtype=x.dtype)
     future = future.triu(1 + scores.shape[-1] - scores.shape[-2])
@@ -10094,15 +11081,16 @@ CACHED_ATTENTION = Exercise(
         Misconception(
             "no_mask",  # museum §5, C43
             _CachedNoMask.run,
-            "You use no mask. One new token has no future, so nothing shows; but when several "
-            "come at once, the prompt above all, each sees those behind it and the cache fills "
-            "with what training never saw.",
+            "Nothing is hidden: there is no mask, or one that is True everywhere, as when "
+            "`len(cache)` is asked after `append`. One new token has no future, so nothing shows; "
+            "but when several come at once, the prompt above all, each sees those after it and "
+            "the cache fills with what training never saw.",
         ),
         Misconception(
             "mask_for_the_prompt_only",
             _CachedMaskForPromptOnly.run,
             "You hide the future while the cache is empty and never again. When several positions "
-            "come later, the first of them sees those behind it.",
+            "come later, the first of them sees those after it.",
         ),
         Misconception(
             "mask_ignores_the_past",  # museum §5
@@ -10114,8 +11102,15 @@ CACHED_ATTENTION = Exercise(
             "mask_from_the_upper_left",
             _CachedUpperLeft.run,
             "Your mask takes the first new position for position 0, so it sees one key, however "
-            "long the past is. Its place is behind the past: the triangle belongs into the lower "
+            "long the past is. Its place is after the past: the triangle belongs into the lower "
             "right corner.",
+        ),
+        Misconception(
+            "mask_from_the_upper_left_for_several",
+            _CachedTorchCausal.run,
+            "When several positions come after a past, the first of them sees one key, however "
+            "long the past is: the triangle of your mask stands in the upper left corner. That is "
+            "what `is_causal=True` does in torch's attention; it belongs into the lower right.",
         ),
         Misconception(
             "mask_of_the_new_alone",
@@ -10150,7 +11145,7 @@ CACHED_ATTENTION = Exercise(
         Misconception(
             "one_ahead",  # museum 3.10
             _CachedOneAhead.run,
-            "Your mask shows each position the one behind it, which is the answer it should "
+            "Your mask shows each position the one after it, which is the answer it should "
             "guess. Past and present are visible, and no more.",
         ),
         Misconception(
@@ -10158,7 +11153,7 @@ CACHED_ATTENTION = Exercise(
             _CachedOnlyPast.run,
             "Once there is a past, your new positions see nothing else, neither themselves nor "
             "the new ones before them. Perhaps you attend before you append; to the new ones "
-            "belongs the triangle behind the past.",
+            "belongs the triangle after the past.",
         ),
         Misconception(
             "mask_inverted",  # museum 3.7
@@ -10200,7 +11195,21 @@ CACHED_ATTENTION = Exercise(
             "the_past_appended_again",
             _CachedAllAppended.run,
             "You append the past together with the new positions, so that the cache doubles from "
-            "call to call. append puts the new ones behind the old ones by itself.",
+            "call to call. append puts the new ones after the old ones by itself.",
+        ),
+        Misconception(
+            "attributes_of_the_cache",
+            _CachedByAttributes.run,
+            "You take keys and values out of attributes of the cache. What they are called, and "
+            "whether there are any, is the cache's own affair; what append returns holds all "
+            "positions.",
+        ),
+        Misconception(
+            "projected_twice",
+            _CachedAttentionToo.run,
+            "While the cache is empty you run the whole attention and project the keys and values "
+            "once more for the cache. The output is right, and the prompt costs twice the "
+            "projections; make them once and use them for both.",
         ),
         Misconception(
             "k_and_v_swapped",
@@ -10432,6 +11441,9 @@ def _observe_tiled_attention(tiled_attention, see):
     with see.probe("scores in the thousands, of both signs: q (2, 5, 4), 9 keys, block 2"):
         q, k, v = inputs(2, n=5, m=9, d_k=4, d_v=3)
         attended(60 * q, 60 * k, v, 2)
+    with see.probe("scores in the thousands in one block: q (2, 4, 4), 6 keys, block 8"):
+        q, k, v = inputs(2, n=4, m=6, d_k=4, d_v=3)
+        attended(60 * q, 60 * k, v, 8)
     with see.probe("scores from −9000 to −1000: q (2, 3, 4), 7 keys, block 3"):
         q, k, v = 1 + see.rand(2, 3, 4), -1 - see.rand(2, 7, 4), see.randn(2, 7, 5)
         attended(30 * q, 30 * k, v, 3)
@@ -10439,6 +11451,11 @@ def _observe_tiled_attention(tiled_attention, see):
         q, k, v = inputs(2, n=4, m=9, d_k=5, d_v=6)
         exact = reference.scaled_dot_product_attention(q, k, v)
         see.fact(_SIX_DIGITS, _near(tiled_attention(q, k, v, 4), exact, 1e-6))
+    with see.probe("q (2, 3, 6, 4), 7 keys, v (2, 3, 7, 5), block 3"):
+        q, k, v = inputs(2, 3, n=6, m=7, d_k=4, d_v=5)
+        exact = reference.scaled_dot_product_attention(q, k, v)
+        out = tiled_attention(q, k, v, 3)
+        see.fact("the output in float64 is right to eleven digits", _near(out, exact, 1e-11))
     with see.probe("float32, q (2, 4, 3), 8 keys, v (2, 8, 6), block 3"):
         q, k, v = inputs(2, n=4, m=8, d_k=3, d_v=6)
         out = tiled_attention(q.float(), k.float(), v.float(), 3)
@@ -10643,6 +11660,13 @@ class _TiledRestDropped(_Tiled):
             yield k[..., part, :], v[..., part, :]
 
 
+class _TiledRestDroppedUnlessAlone(_Tiled):
+    def tiles(self, k, v, block):
+        for i in range(max(k.shape[-2] // block, 1)):
+            part = slice(i * block, (i + 1) * block)
+            yield k[..., part, :], v[..., part, :]
+
+
 class _TiledLastDropped(_Tiled):
     def tiles(self, k, v, block):
         for start in range(0, k.shape[-2] - block, block):
@@ -10713,6 +11737,14 @@ class _TiledDividedEachTime(_Tiled):
         return out
 
 
+def _tiled_with_eps(eps):
+    class WithEps(_Tiled):
+        def finish(self, weighted, total):
+            return weighted / (total + eps)
+
+    return WithEps.run
+
+
 class _TiledTotalOfLast(_Tiled):
     def add_total(self, total, rescale, weights):
         return weights.sum(dim=-1, keepdim=True)
@@ -10770,6 +11802,33 @@ class _TiledInPlace(_Tiled):
 def _tiled_block_means(q, k, v, block):
     pairs = list(zip(k.split(block, dim=-2), v.split(block, dim=-2), strict=True))
     return sum(reference.scaled_dot_product_attention(q, *pair) for pair in pairs) / len(pairs)
+
+
+def _tiled_block_means_by_torch(q, k, v, block):
+    pairs = list(zip(k.split(block, dim=-2), v.split(block, dim=-2), strict=True))
+    return sum(F.scaled_dot_product_attention(q, *pair) for pair in pairs) / len(pairs)
+
+
+def _tiled_logs_without_maximum(q, k, v, block):
+    log_sum, out = None, None
+    for k_tile, v_tile in zip(k.split(block, dim=-2), v.split(block, dim=-2), strict=True):
+        scores = q @ k_tile.transpose(-2, -1) / math.sqrt(q.shape[-1])
+        log_tile = scores.exp().sum(dim=-1, keepdim=True).log()
+        tile_out = scores.softmax(dim=-1) @ v_tile
+        if out is None:
+            log_sum, out = log_tile, tile_out
+            continue
+        new = torch.logaddexp(log_sum, log_tile)
+        out = out * torch.exp(log_sum - new) + tile_out * torch.exp(log_tile - new)
+        log_sum = new
+    return out
+
+
+def _tiled_one_block_bare(q, k, v, block):
+    if k.shape[-2] > block:
+        return _Tiled.run(q, k, v, block)
+    weights = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).exp()
+    return weights / weights.sum(dim=-1, keepdim=True) @ v
 
 
 def _tiled_block_sums(q, k, v, block):
@@ -10976,10 +12035,10 @@ TILED_ATTENTION = Exercise(
             "a later score that is larger by 710 (89 in float32) overflows.",
         ),
         Misconception(
-            "maximum_starts_at_zero",
+            "maximum_starts_too_high",
             _TiledStartsAtZero.run,
-            "Your running maximum starts at 0. Where all scores of a query are far below 0, every "
-            "weight becomes 0 and the output 0 / 0; start below any score.",
+            "Your running maximum starts too high. Where all scores of a query are far below it, "
+            "every weight becomes 0 and the output 0 / 0; start below any score.",
         ),
         Misconception(
             "one_maximum_for_everything",
@@ -11040,6 +12099,12 @@ TILED_ATTENTION = Exercise(
             _TiledRestDropped.run,
             "You drop the keys that do not fill a block. Where the number of keys is no multiple "
             "of the block, the last one is shorter, and it counts.",
+        ),
+        Misconception(
+            "incomplete_block_dropped_unless_alone",
+            _TiledRestDroppedUnlessAlone.run,
+            "You drop the keys that do not fill a block, unless there are no others. Where the "
+            "number of keys is no multiple of the block, the last one is shorter, and it counts.",
         ),
         Misconception(
             "last_block_dropped",
@@ -11145,6 +12210,40 @@ TILED_ATTENTION = Exercise(
             "It is not the number that decides a block's share but its sum of e^score.",
         ),
         Misconception(
+            "mean_of_torch_s_blocks",
+            _tiled_block_means_by_torch,
+            "You let torch's attention run on each block for itself and average the results. A "
+            "block whose keys fit well deserves a larger share: its sum of e^score decides how "
+            "large. And the attention is to be built here.",
+        ),
+        Misconception(
+            "logarithms_without_maximum",
+            _tiled_logs_without_maximum,
+            "You weigh the blocks by the logarithms of their sums, and compute a sum without "
+            "subtracting a maximum. From scores of about 710 on (89 in float32) e^score is "
+            "infinite, and its logarithm too.",
+        ),
+        Misconception(
+            "one_block_without_maximum",
+            _tiled_one_block_bare,
+            "Where all keys fit into one block you take a short cut, which subtracts no maximum: "
+            "from scores of about 710 on (89 in float32) e^score is infinite and your output NaN.",
+        ),
+        *(
+            Misconception(
+                slug,
+                _tiled_with_eps(eps),
+                "You add a small number to the sum of the weights. The sum cannot be 0, since the "
+                "largest score contributes e⁰ = 1, and the number makes every output a little too "
+                "small: exact attention needs none.",
+            )
+            for slug, eps in (
+                ("small_number_added_1e_9", 1e-9),
+                ("small_number_added_1e_8", 1e-8),
+                ("small_number_added_1e_6", 1e-6),
+            )
+        ),
+        Misconception(
             "sum_of_the_blocks",
             _tiled_block_sums,
             "You attend to each block for itself and add up the results, so the weights of a "
@@ -11153,8 +12252,9 @@ TILED_ATTENTION = Exercise(
         Misconception(
             "last_block_alone",
             _tiled_last_block_alone,
-            "You keep the result of the last block alone. Every block contributes to every "
-            "query's output.",
+            "Only the last block is left in your result: the others are overwritten, or the new "
+            "maximum is never stored, so that the factor for the old sums is always 0. Every "
+            "block contributes to every query's output.",
         ),
         Misconception(
             "all_scores_at_once",

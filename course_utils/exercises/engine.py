@@ -773,7 +773,7 @@ def _explain(exercise: Exercise, found, seen: Observations) -> tuple[str, dict]:
     right = [
         r
         for r in right[: right.index(label) if label in right else None]
-        if "left unm" not in r and not r.startswith("the list of")
+        if "left unm" not in r and not r.startswith(("the list of", "its parameter"))
     ]
     if right:
         text += f"\nRight so far on this probe: {'; '.join(right[-4:])}."

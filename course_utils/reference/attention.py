@@ -213,7 +213,7 @@ class CrossAttention(nn.Module):
 class KVCache:
     """The keys and values of all positions that one attention layer has seen so far.
 
-    append(k, v), both (batch, heads, new, d_head), puts them behind those of earlier calls and
+    append(k, v), both (batch, heads, new, d_head), puts them after those of earlier calls and
     returns all of them, (batch, heads, so far, d_head) each; len(cache) is the number of positions.
     """
 
