@@ -571,3 +571,20 @@ def test_import_is_light():
     ]
     assert all(len(run) == 1 for run in runs), runs
     assert min(float(run[0]) for run in runs) < 0.05
+
+
+def test_an_answer_without_a_name_is_told_where_it_is_right():
+    """Right without a mask, wrong with one, in a way that nobody has catalogued."""
+
+    def attention(q, k, v, mask=None):
+        scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5
+        if mask is not None:
+            scores = scores.masked_fill(~mask.flip(-1), -1e30)
+        return scores.softmax(-1) @ v
+
+    verdict = judge("scaled_dot_product_attention", attention)
+    assert verdict.state == "wrong" and verdict.misconception is None
+    assert "Probe: a mask" in verdict.message
+    last = verdict.message.splitlines()[-1]
+    assert last.startswith("Right on 8 of 21 probes: ") and "no mask" in last
+    assert "Right on" not in judge("merge_heads", lambda x: 3).message

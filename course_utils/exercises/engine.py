@@ -712,7 +712,20 @@ def diagnose(exercise: Exercise, candidate: Any) -> Verdict:
         if _behaves_like(exercise, misconception.implementation, expected, seen):
             text = f"{misconception.message}\n{text}"
             return Verdict(WRONG, text, misconception.slug, details)
-    return Verdict(WRONG, text, None, details)
+    return Verdict(WRONG, text + _what_holds(expected, seen, rtol, atol), None, details)
+
+
+def _what_holds(expected: Observations, seen: Observations, rtol: float, atol: float) -> str:
+    """The probes on which an answer without a name is right, which narrows down what is wrong."""
+    right = [
+        probe
+        for probe, labels in expected.items()
+        if probe in seen and same_behaviour({probe: labels}, {probe: seen[probe]}, rtol, atol)
+    ]
+    if not right:
+        return ""
+    more = f"; and {len(right) - 3} more" if len(right) > 3 else ""
+    return f"\nRight on {len(right)} of {len(expected)} probes: {'; '.join(right[:3])}{more}."
 
 
 def _count(seen: Observations) -> str:
