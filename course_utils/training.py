@@ -10,7 +10,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,6 +94,36 @@ def batches(
     return Batches(x, y, batch_size, shuffle, generator)
 
 
+def length_grouped(
+    lengths: Sequence[int],
+    batch_size: int,
+    generator: torch.Generator | None = None,
+    pool: int = 16,
+) -> list[list[int]]:
+    """Rows for batches in which the lengths are alike, so that little padding is needed.
+
+    The rows are shuffled, cut into pools of `pool` batches, sorted by length within each pool and
+    cut into batches, whose order is shuffled: every row stands in one batch, as in any epoch, and
+    what meets what still changes from call to call. One batch may be smaller.
+    Source: the option group_by_length of transformers.TrainingArguments.
+    """
+    order = torch.randperm(len(lengths), generator=generator).tolist()
+    size = pool * batch_size
+    rows: list[list[int]] = []
+    for start in range(0, len(order), size):
+        alike = sorted(order[start : start + size], key=lambda row: lengths[row])
+        rows += [alike[i : i + batch_size] for i in range(0, len(alike), batch_size)]
+    return [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]
+
+
+def progress(items: Sequence, what: str = "") -> Iterator:
+    """Go through a sequence with a bar that appears after two seconds and leaves nothing behind."""
+    with _Progress(1, items, True, what) as bar:
+        for item in items:
+            yield item
+            bar.advance(1)
+
+
 def fit(
     model: nn.Module,
     train_batches: Iterable,
@@ -164,7 +194,8 @@ def fit(
 class _Progress:
     """A bar over all batches that appears after two seconds and leaves nothing behind."""
 
-    def __init__(self, epochs: int, train_batches: Iterable, wanted: bool):
+    def __init__(self, epochs: int, train_batches: Iterable, wanted: bool, what: str = ""):
+        self.what = what
         self.total = epochs * len(train_batches) if hasattr(train_batches, "__len__") else None
         self.epochs, self.done, self.bar = epochs, 0, None
         self.appears = time.perf_counter() + 2 if wanted and _somebody_watches() else math.inf
@@ -176,7 +207,8 @@ class _Progress:
 
             self.bar = tqdm(total=self.total, initial=self.done, unit="batch", leave=False)
         elif self.bar is not None:
-            self.bar.set_description_str(f"epoch {epoch}/{self.epochs}", refresh=False)
+            told = self.what or f"epoch {epoch}/{self.epochs}"
+            self.bar.set_description_str(told, refresh=False)
             self.bar.update()
 
     def __enter__(self) -> _Progress:

@@ -250,3 +250,25 @@ def test_nobody_watches_a_pipe(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(training.sys, "stderr", type("Pipe", (), {"isatty": lambda _: False})())
     assert training._somebody_watches() is False
+
+
+def test_length_grouped_batches_hold_every_row_once_and_pad_little():
+    lengths = [8 + (37 * row) % 50 for row in range(203)]
+    generator = torch.Generator().manual_seed(0)
+    first, second = (training.length_grouped(lengths, 8, generator, pool=5) for _ in range(2))
+    for epoch in (first, second):
+        assert sorted(row for rows in epoch for row in rows) == list(range(203))
+        assert sorted(len(rows) for rows in epoch) == [3] + [8] * 25
+    assert first != second
+    assert [lengths[rows[0]] for rows in first] != sorted(lengths[rows[0]] for rows in first)
+
+    def padded(epoch):
+        return sum(len(rows) * max(lengths[row] for row in rows) for rows in epoch)
+
+    plain = [list(range(start, min(start + 8, 203))) for start in range(0, 203, 8)]
+    assert sum(lengths) < padded(first) < 0.85 * padded(plain)
+
+
+def test_progress_hands_on_every_item():
+    assert list(training.progress([3, 1, 2], "counting")) == [3, 1, 2]
+    assert list(training.progress([])) == []
