@@ -43,7 +43,12 @@ WORDS = ("LoRA", "AdamW")  # words of the field whose capitals do not begin new 
 
 
 def slug_of(name: str) -> str:
-    """AddBias → add_bias, BatchNorm1d → batch_norm_1d, MLP → mlp, LoRALinear → lora_linear."""
+    """AddBias → add_bias, BatchNorm1d → batch_norm_1d, MLP → mlp, LoRALinear → lora_linear.
+
+    A function's name, as macro_f1, is its slug.
+    """
+    if name.islower():
+        return name
     for word in WORDS:
         name = name.replace(word, word.capitalize())
     text = re.sub(r"([a-z])([A-Z])|([A-Z])([A-Z][a-z])", r"\1\3_\2\4", name)
