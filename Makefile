@@ -1,13 +1,14 @@
 # Every target runs the same Python code as on Windows, where make is missing:
-#   py -m course_utils env | lab | test
+#   py -m course_utils env | lab | test | bench
 PYTHON ?= python3
 ARGS ?=
 
-.PHONY: help env lab test lock clean
+.PHONY: help env lab test bench lock clean
 
 help:
 	@echo "make lab     open the course in JupyterLab (ARGS=\"--no-browser --port 8899\")"
 	@echo "make test    lint and run every test (ARGS=\"tests/test_bootstrap.py -k stamp\")"
+	@echo "make bench   measure what the chapters quote (some minutes)"
 	@echo "make env     only create the environment in .venv"
 	@echo "make lock    write requirements.lock anew from pyproject.toml, newest versions (needs uv)"
 	@echo "make clean   remove .venv and caches; your notebooks in work/ stay"
@@ -20,6 +21,9 @@ lab:
 
 test:
 	@$(PYTHON) -m course_utils test $(ARGS)
+
+bench:
+	@$(PYTHON) -m course_utils bench $(ARGS)
 
 # No index, path or command line goes into the lock; find-links of this machine are not asked.
 lock:

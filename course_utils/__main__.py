@@ -17,6 +17,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, text in (
         ("lab", "open JupyterLab on chapter 1; further arguments go to JupyterLab"),
         ("test", "lint and run all tests; further arguments go to pytest"),
+        ("bench", "measure what the chapters quote; takes minutes"),
     ):
         command(name, text)
     solve = command("solve", "write a notebook's solved form")
@@ -30,9 +31,9 @@ def main(argv: list[str] | None = None) -> int:
     new.add_argument("name", help="the function or class to build, as in the notebook")
 
     arguments, rest = parser.parse_known_args(argv)
-    if rest and arguments.command not in ("lab", "test"):
+    if rest and arguments.command not in ("lab", "test", "bench"):
         parser.error(f"{arguments.command} does not take {' '.join(rest)}")
-    if arguments.command in ("env", "lab", "test"):
+    if arguments.command in ("env", "lab", "test", "bench"):
         from . import bootstrap
 
         if arguments.command == "env":

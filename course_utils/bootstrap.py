@@ -147,6 +147,17 @@ def test(argv: list[str]) -> int:
     return code or (1 if failed else 0)
 
 
+def bench(argv: list[str]) -> int:
+    """`env`, then the benchmarks, one thread each; return an exit code."""
+    try:
+        _install()
+        _fetch()
+    except Stop as stop:
+        return _tell(stop)
+    environment = dict(os.environ, OMP_NUM_THREADS="1", COURSE_THREADS="1", PYTHONUTF8="1")
+    return _run([_python(), "-m", "benchmarks", *argv], environment)
+
+
 def is_current() -> bool:
     """Whether `.venv` holds a complete install of what pyproject.toml and the lock say now."""
     return _read(_venv() / "course-installed") == _install_key() and Path(_python()).exists()
