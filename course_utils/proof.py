@@ -5,6 +5,7 @@ A verdict is the same on every machine; a difference is rounding, and differs be
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -38,11 +39,13 @@ class Proof:
             raise AssertionError(f"{what}: the shapes are {shapes[0]} and {shapes[1]}.")
         largest = 0.0
         for a, b in zip(ours, theirs, strict=True):
-            a, b = a.detach().cpu().double(), b.detach().cpu().double()
+            a, b = a.detach().cpu(), b.detach().cpu()
+            if not a.is_floating_point():
+                a, b = a.double(), b.double()  # booleans cannot be subtracted, bytes wrap around
             if not a.numel():
                 continue
-            off = (a - b).abs().max() / b.abs().max().clamp(min=1)
-            largest = max(largest, off.nan_to_num(nan=float("inf")).item())
+            off = (a - b).abs_().max().item() / max(1.0, b.max().item(), -b.min().item())
+            largest = max(largest, math.inf if math.isnan(off) else off)
         self.differences[what] = largest, tolerance
         print(f"{what:50} within {tolerance:.0e}: {largest <= tolerance}")
         if not largest <= tolerance:

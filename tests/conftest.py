@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from itertools import islice
 
 import pytest
 
@@ -21,6 +22,26 @@ def empty_record(tmp_path_factory, monkeypatch):
     home = tmp_path_factory.mktemp("course-home")
     monkeypatch.setenv("COURSE_HOME", str(home))
     return home
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """Each process begins with its share of the slow tests: one that is left for last would run
+    alone while the other processes have nothing to do."""
+    slow = [item for item in items if any(map(item.get_closest_marker, ("slow", "browser")))]
+    quick = [item for item in items if item not in slow]
+    items[:] = in_shares(slow, quick, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+
+
+def in_shares(slow: list, quick: list, count: int) -> list:
+    """In `count` parts of the lengths into which `--dist worksteal` cuts the list at the start;
+    what is stolen later comes from the end of a part."""
+    rest, order = iter(quick), []
+    for part in range(count):
+        size = (len(slow) + len(quick) - len(order)) // (count - part)
+        own = slow[part::count]
+        order += own + list(islice(rest, max(0, size - len(own))))
+    return order
 
 
 def in_ci() -> bool:

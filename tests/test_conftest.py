@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import in_shares
 
 TESTS = """
 import os
@@ -50,3 +51,20 @@ def test_skips_are_told_and_fail_where_they_must_not_be(tmp_path, ci):
     else:
         assert done.returncode == 0 and "1 passed, 3 skipped" in done.stdout
         assert "3 skipped: no network (2); no GPU (1)" in done.stdout
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+@pytest.mark.parametrize(("slow", "quick"), [(7, 20), (1, 6), (0, 5), (9, 0), (0, 0)])
+def test_each_process_begins_with_its_share_of_the_slow_tests(slow, quick, count):
+    slow, quick = [f"slow {n}" for n in range(slow)], [f"quick {n}" for n in range(quick)]
+    order = in_shares(slow, quick, count)
+    assert sorted(order) == sorted(slow + quick), "each test once"
+    shares, left = [], list(order)
+    for processes in range(count, 0, -1):  # as xdist's worksteal hands them out
+        size = len(left) // processes
+        shares.append(left[:size])
+        left = left[size:]
+    if quick and len(slow) < len(quick):
+        told = [[test.startswith("slow") for test in share] for share in shares]
+        assert all(share == sorted(share, reverse=True) for share in told), "the slow ones first"
+        assert max(map(sum, told)) - min(map(sum, told)) <= 1

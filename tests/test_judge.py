@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import inspect
 import itertools
@@ -16,6 +17,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from types import FunctionType
 
 import numpy as np
 import pytest
@@ -25,6 +27,7 @@ from course_utils.exercises import judge, registry
 from course_utils.exercises.engine import Exercise, Misconception, diagnose, kept_state, unchanged
 from course_utils.exercises.sandbox import Sandbox
 from course_utils.exercises.sandbox import judge as judge_in
+from course_utils.exercises.source import source_of
 
 REFERENCE = registry()["unbroadcast"].reference
 
@@ -588,3 +591,111 @@ def test_an_answer_without_a_name_is_told_where_it_is_right():
     last = verdict.message.splitlines()[-1]
     assert last.startswith("Right on 8 of 21 probes: ") and "no mask" in last
     assert "Right on" not in judge("merge_heads", lambda x: 3).message
+
+
+# --- the text of an answer ----------------------------------------------------------------------
+
+MARGIN = {  # definitions in which a line at the margin begins no statement
+    "strings": '''def strings(x):
+    text = """
+def strings(y):
+    pass
+"""
+    return text, (
+1), x
+''',
+    "decorated": """@kept(
+    function=None,
+)
+# a remark
+@kept
+
+@kept
+def decorated(x):
+    return x
+""",
+    "Held": '''@functools.total_ordering
+@(
+lambda c: c
+)
+class Held:
+    """
+def at_the_margin():
+"""
+
+    class Inner:
+        """
+At the margin.
+"""
+
+        def method(self):
+            return 5
+
+    def __lt__(self, other):
+        return True
+''',
+    "made": """def made():
+    def inner(x):
+        return x
+
+    return inner
+""",
+}
+KEPT = "import functools\n\ndef kept(function=None):\n    return function or kept\n"
+BRANCHES = "if not functools:\n    pass\nelse:\n    def chosen(x):\n        return x\n"
+
+
+def test_source_is_found_where_the_margin_misleads():
+    file, text = "<margin>", "\n".join([KEPT, *MARGIN.values(), BRANCHES])
+    linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
+    space = {}
+    exec(compile(text, file, "exec", dont_inherit=True), space)
+    for name, source in MARGIN.items():
+        assert source_of(space[name]) == source
+    inner = "def inner(x):\n    return x\n"
+    assert source_of(space["made"]()) == inner
+    assert source_of(space["chosen"]) == inner.replace("inner", "chosen")
+    held = source_of(space["Held"].Inner)
+    assert held.lstrip().startswith("class Inner:\n") and held.endswith("        return 5\n")
+    space["chosen"].__name__ = "another"
+    assert source_of(space["chosen"]) is None
+    linecache.cache[file] = (9, None, ["def chosen(\n"] * 99, file)
+    assert source_of(space["made"]) is None, "the file has changed since"
+
+
+def test_source_of_a_catalogue_s_answer_is_found_without_parsing_the_catalogue(monkeypatch):
+    """Once per check, in the learner's time."""
+    sizes, parse = [], ast.parse
+    monkeypatch.setattr(ast, "parse", lambda text: sizes.append(len(text)) or parse(text))
+    for exercise in registry().values():
+        for answer in (exercise.shipped, exercise.misconceptions[-1].implementation):
+            if isinstance(answer, type | FunctionType):
+                source_of(answer)
+    assert len(sizes) > len(registry()) and max(sizes) < 20_000
+
+
+def _adds(x, y):
+    return x + y
+
+
+def test_a_type_that_torch_does_not_take_is_no_empty_stub():
+    """torch raises NotImplementedError itself; a finished answer must not be called a stub."""
+
+    def observe_sum(add, see):
+        with see.probe("two numbers"):
+            see.call("the sum", add, see.randn(2), see.randn(2))
+
+    fields = {"minutes": 1, "difficulty": 1, "misconceptions": (), "alternatives": (), "hints": ()}
+    exercise = Exercise(
+        slug="adds", chapter=1, title="Add", reference=_adds, observe=observe_sum, **fields
+    )
+
+    def bitwise(x, y):
+        return x & y
+
+    def stub(x, y):
+        raise NotImplementedError
+
+    verdict = diagnose(exercise, bitwise)
+    assert verdict.state == "wrong" and "not implemented for" in verdict.message
+    assert diagnose(exercise, stub).state == "not attempted"

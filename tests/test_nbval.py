@@ -39,6 +39,7 @@ def _nbval(home: Path, *paths: Path) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.must_run_in_ci
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
 def test_nbval_passes(path, empty_record):

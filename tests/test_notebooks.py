@@ -40,6 +40,7 @@ def test_every_chapter_has_a_notebook_and_a_budget():
     assert [path.stem for path in NOTEBOOKS] == names == list(BUDGETS)
 
 
+@pytest.mark.slow
 @pytest.mark.must_run_in_ci
 @EACH
 def test_shipped_notebook_runs_to_the_stored_outputs(path):
@@ -49,6 +50,7 @@ def test_shipped_notebook_runs_to_the_stored_outputs(path):
     assert done.peak_bytes <= budget["gigabytes"] * 1e9
 
 
+@pytest.mark.slow
 @pytest.mark.must_run_in_ci
 @EACH
 def test_solved_notebook_passes_every_check(path, empty_record):

@@ -35,3 +35,12 @@ def test_what_agrees_is_said_and_kept(capsys):
 def test_what_differs_is_refused(ours, theirs, told):
     with pytest.raises(AssertionError, match=told):
         Proof().equal("what", ours, theirs, 1e-6)
+
+
+def test_whole_numbers_and_truths_are_compared_too():
+    proof = Proof()
+    proof.equal("bytes", torch.tensor([3], dtype=torch.uint8), torch.tensor([3]).byte(), 0)
+    for ours, theirs in ((torch.tensor([3]).byte(), torch.tensor([4]).byte()),
+                         (torch.tensor([True]), torch.tensor([False]))):  # fmt: skip
+        with pytest.raises(AssertionError, match="apart"):
+            proof.equal("differ", ours, theirs, 0.1)

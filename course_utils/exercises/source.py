@@ -42,20 +42,48 @@ def source_of(value: Any) -> str | None:
     """
     for function in functions_of(value):
         code, name = function.__code__, getattr(value, "__name__", "")
-        text = "".join(linecache.getlines(code.co_filename))
-        try:
-            tree = ast.parse(text)
-        except SyntaxError:
-            continue
+        lines = linecache.getlines(code.co_filename)
+        tree, skipped = _parsed(lines, code.co_firstlineno)
         for node in ast.walk(tree):
             if getattr(node, "name", None) == name and isinstance(node, _DEFINITIONS):
-                first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
-                if first <= code.co_firstlineno <= node.end_lineno:
-                    lines = text.splitlines()[first - 1 : node.end_lineno]
-                    return textwrap.dedent("\n".join(lines)) + "\n"
+                first = skipped + min([node.lineno, *(d.lineno for d in node.decorator_list)])
+                last = skipped + node.end_lineno
+                if first <= code.co_firstlineno <= last:
+                    found = [line.rstrip("\r\n") for line in lines[first - 1 : last]]
+                    return textwrap.dedent("\n".join(found)) + "\n"
     return None
 
 
+def _parsed(lines: list[str], number: int) -> tuple[ast.Module, int]:
+    """The statement at the margin that holds line `number`, and how many lines stand before it.
+
+    To parse all of a catalogue for each answer would take longer than to judge it. Where a string
+    or a bracket over several lines reaches the margin, the part cut there is not valid Python, and
+    the whole file is parsed; an empty tree where that is not valid either.
+    """
+    for start, end in (_statement_around(lines, number), (0, len(lines))):
+        try:
+            return ast.parse("".join(lines[start:end])), start
+        except SyntaxError:
+            continue
+    return ast.Module([], []), 0
+
+
+def _statement_around(lines: list[str], number: int) -> tuple[int, int]:
+    """From its first decorator up to the next statement, told by what stands at the margin."""
+    start, decorated = 0, False
+    for index, line in enumerate(lines):
+        if line[:1] in _NO_STATEMENT:
+            continue
+        if not decorated:
+            if index >= number:
+                return start, index
+            start = index
+        decorated = line[0] == "@"
+    return start, len(lines)
+
+
+_NO_STATEMENT = " \t\f\r\n#)]}"  # what a line begins with that continues or says nothing
 _DEFINITIONS = (ast.FunctionDef, ast.ClassDef)
 
 
