@@ -1,4 +1,4 @@
-"""Chapters 2 and 3 as the full profile runs them, as far as that goes without the internet.
+"""Chapters 2 to 4 as the full profile runs them, as far as that goes without the internet.
 
 Chapter 2: on real MNIST images, a sample of 7,000 and 1,000 of them. The sample stands beside the
 repository, in ../shared/data/mnist/raw; where it is missing, the test is skipped. Only two lines
@@ -6,6 +6,9 @@ differ from the chapter: the profile, and the folder of the files.
 
 Chapter 3: the sections on the real encoder and on cost, with a BERT of the shape of
 bert-base-uncased whose weights are random and whose layers are two, on whatever device is there.
+
+Chapter 4: all but its miniature, with the same stand-in for the encoder, and 200 of the course's
+reviews without their slices in the place of rotten_tomatoes.
 """
 
 from __future__ import annotations
@@ -120,4 +123,44 @@ course_utils.data.load_encoder = lambda: (random_encoder(num_layers=2), tokenize
     assert facts["worst"] < 1e-5  # two layers; the chapter allows 1e-4 for twelve
     assert facts["device"] == ("cuda" if torch.cuda.is_available() else "cpu")
     table = "".join(output.get("text", "") for output in outputs["gpu-table"])
+    assert ("No GPU in use" in table) is (facts["device"] == "cpu")
+
+
+BERT = REPOSITORY / "notebooks" / "04_bert.ipynb"
+LEFT_OUT = ("micro-", "fill-blank", "qa-", "best-seed", "streaming")
+REVIEWS_STAND_IN = """import course_utils.data
+from course_utils.data import load_encoder, random_encoder
+from course_utils.data.encoder import Loaded
+from course_utils.data.reviews import load_reviews as own_reviews
+tokenizer = load_encoder("quick")[1]  # the vocabulary of bert-base-uncased too
+loaded = Loaded(random_encoder(num_layers=2), tokenizer, True)
+course_utils.data.load_encoder_or_miniature = lambda: loaded
+def few(rows, count):
+    return rows.shuffle(seed=0).select(range(count)).select_columns(["text", "label"])
+def stand_in():
+    parts = own_reviews("quick")
+    return type(parts)({split: few(rows, 200 if split == "train" else 130)
+                        for split, rows in parts.items()})
+course_utils.data.load_reviews = stand_in"""
+
+
+def test_the_full_profile_fine_tunes_an_encoder_of_bert_base_s_shape():
+    notebook = notebooks.solve(BERT)
+    kept = [cell for cell in notebook.cells if not cell["id"].startswith(LEFT_OUT)]
+    assert len(notebook.cells) - len(kept) > 20, f"cells of {BERT.name} were renamed"
+    full = v4.new_code_cell("import os; os.environ['COURSE_PROFILE'] = 'full'", id="full")
+    stand_in = v4.new_code_cell(REVIEWS_STAND_IN, id="stand-in")
+    facts = "print(dict(quick=quick, width=bert.config.hidden_size, max_length=max_length, "
+    facts += "recipe=recipe, device=where.type, scores=len(scores), "
+    facts += "columns=reviews['train'].column_names))"
+    notebook.cells = [full, stand_in, *kept, v4.new_code_cell(facts, id="facts")]
+    execution = notebooks.execute(notebook, BERT.parent, strict=True, timeout=600, threads=1)
+    outputs = {cell["id"]: cell.get("outputs") for cell in execution.notebook.cells}
+    facts = ast.literal_eval(outputs["facts"][0].text)
+    print(f"{execution.seconds:.0f} s, {facts}")
+    assert not facts["quick"] and (facts["width"], facts["max_length"]) == (768, 128)
+    assert facts["recipe"]["learning_rate"] == 5e-5 and facts["scores"] >= 5
+    assert facts["columns"] == ["text", "label"]
+    assert facts["device"] == ("cuda" if torch.cuda.is_available() else "cpu")
+    table = "".join(output.get("text", "") for output in outputs["half-table"])
     assert ("No GPU in use" in table) is (facts["device"] == "cpu")

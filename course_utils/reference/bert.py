@@ -166,7 +166,7 @@ def predicted_classes(model, batch):
     """The most likely class of each example, int64 (batch,).
 
     model(**batch) returns an object with .logits (batch, num_labels) and, because batch holds
-    "labels" too, with .loss, which comes first where the object is indexed.
+    "labels" too, with .loss; other fields may stand before and after.
     """
     with torch.no_grad():
         return model(**batch).logits.argmax(dim=-1)
