@@ -262,9 +262,10 @@ def _kernel_manager():
 
 
 def _peak_bytes(pid: int) -> int:
-    """The sum of the largest sizes so far of a process and its children; shared pages count twice.
+    """The sum of the largest sizes so far of a process and its children, an upper bound.
 
-    Where the system keeps no such mark (macOS), the size of now.
+    The children load the libraries that the process has loaded, whose pages are the same ones; they
+    are counted once. Where the system keeps no such marks (macOS), the sizes of now.
     """
     import psutil
 
@@ -272,16 +273,18 @@ def _peak_bytes(pid: int) -> int:
     with suppress(psutil.NoSuchProcess):
         kernel = psutil.Process(pid)
         for process in [kernel, *kernel.children(recursive=True)]:
-            with suppress(psutil.NoSuchProcess):  # a child that has just ended
-                total += _largest_size(process)
+            with suppress(psutil.NoSuchProcess, FileNotFoundError):  # a child that has just ended
+                total += _largest_size(process, of_files=process is kernel)
     return total
 
 
-def _largest_size(process) -> int:
+def _largest_size(process, of_files: bool) -> int:
+    """In bytes; without `of_files` less the pages of files, as libraries are."""
     status = Path(f"/proc/{process.pid}/status")
-    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
-    if found:
-        return int(found[1]) * 1024
+    text = status.read_text() if status.exists() else ""
+    largest, files = (re.search(rf"{name}:\s+(\d+) kB", text) for name in ("VmHWM", "RssFile"))
+    if largest and files:
+        return 1024 * (int(largest[1]) - (0 if of_files else int(files[1])))
     now = process.memory_info()
     return getattr(now, "peak_wset", now.rss)
 
