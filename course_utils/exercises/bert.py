@@ -1756,10 +1756,10 @@ def _share(count, n, p):
 
 
 def _spread(counts, n, p):
-    """How far counts lie from n * p, compared with independent draws."""
+    """How far counts lie from n * p, compared with independent draws, for which the ratio is 1."""
     n = torch.as_tensor(n, dtype=torch.float64).clamp(min=1)
     ratio = ((counts - n * p) ** 2 / (n * p * (1 - p))).mean()
-    return "too little" if ratio < 0.25 else "too much" if ratio > 4 else "as independent draws do"
+    return "hardly at all" if ratio < 0.25 else "by more than one or two"
 
 
 def _observe_mask_tokens(mask_tokens, see):
@@ -1781,23 +1781,26 @@ def _observe_mask_tokens(mask_tokens, see):
         return ids
 
     def draw(ids, vocab_size, special, mask_id=MASK, seed=5, **probability):
-        generator, kept = torch.Generator().manual_seed(seed), ids.clone()
+        generator, given = torch.Generator().manual_seed(seed), ids.clone()
         special = list(special)
-        inputs, labels = mask_tokens(ids, special, mask_id, vocab_size, generator, **probability)
-        return inputs, labels, torch.equal(ids, kept)
+        inputs, labels = mask_tokens(given, special, mask_id, vocab_size, generator, **probability)
+        return inputs, labels, torch.equal(ids, given)
 
     def follows(inputs, labels, ids, special, vocab_size, mask_id=MASK):
         see("inputs (shape and dtype alone)", torch.zeros_like(inputs))
         see("labels (shape and dtype alone)", torch.zeros_like(labels))
         chosen = labels != -100
         is_special = torch.isin(ids, torch.tensor(special))
-        see.fact("labels are −100 or the true id", (labels == ids)[chosen].all())
-        see.fact("inputs differ from ids only where a label asks", (inputs == ids)[~chosen].all())
-        see.fact("no special token is chosen", not (chosen & is_special).any())
+        true, visible = (labels == ids)[chosen].all(), (inputs == ids)[~chosen].all()
+        spared = not (chosen & is_special).any()
+        see.fact("labels are −100 or the true id", true)
+        see.fact("inputs differ from ids only where a label asks", visible)
+        see.fact("no special token is chosen", spared)
         see.fact(
             "all inputs are ids below vocab_size", ((inputs >= 0) & (inputs < vocab_size)).all()
         )
-        return chosen, ~is_special, inputs == mask_id, (inputs != ids) & (inputs != mask_id)
+        parts = chosen, ~is_special, inputs == mask_id, (inputs != ids) & (inputs != mask_id)
+        return parts if true and visible and spared else None  # else shares mean nothing
 
     def rates(ids, chosen, may_be, masked, other, p, vocab_size):
         what = "the share of the tokens that may be chosen which is chosen"
@@ -1847,55 +1850,59 @@ def _observe_mask_tokens(mask_tokens, see):
         special = [3, 50, 0, 12]
         ids = text(4, 9, 5, 70, special)
         inputs, labels, kept = draw(ids, 70, special, probability=1.0)
-        see("the labels", labels)
         see.fact("ids is left as it was: the inputs are left unmodified", kept)
         follows(inputs, labels, ids, special, 70)
+        may_be = ~torch.isin(ids, torch.tensor(special))
+        see("the labels at special tokens", labels[~may_be])
+        see.fact("every token that is not special is chosen", (labels[may_be] != -100).all())
     with see.probe("ids (400, 30), the default probability"):
         special = [102, 0, 101, 200]
         ids = text(400, 30, 20, 500, special)
         inputs, labels, kept = draw(ids, 500, special)
         see.fact("ids is left as it was: the inputs are left unmodified", kept)
-        parts = follows(inputs, labels, ids, special, 500)
-        rates(ids, *parts, 0.15, 500)
-        chosen, may_be = parts[:2]
-        pairs = (may_be[:, 1:] & may_be[:, :-1]).sum().item()
-        both = (chosen[:, 1:] & chosen[:, :-1]).sum().item() / (0.15**2 * pairs)
-        see.fact("the neighbour of a chosen token is chosen as often as any", 0.5 < both < 1.5)
+        if parts := follows(inputs, labels, ids, special, 500):
+            rates(ids, *parts, 0.15, 500)
+            chosen, may_be, *_ = parts
+            pairs = (may_be[:, 1:] & may_be[:, :-1]).sum().item()
+            both = (chosen[:, 1:] & chosen[:, :-1]).sum().item() / (0.15**2 * pairs)
+            as_any = "the neighbour of a chosen token is chosen as often as any"
+            see.fact(as_any, 0.5 < both < 1.5)
     with see.probe("ids (30, 400), probability 0.5"):
         special = [7, 120, 0, 33, MASK]
         ids = text(30, 400, 12, 600, special)
         inputs, labels, _ = draw(ids, 600, special, probability=0.5)
-        chosen, may_be, masked, other = follows(inputs, labels, ids, special, 600)
-        rates(ids, chosen, may_be, masked, other, 0.5, 600)
-        for k, part in enumerate(quarters(ids.shape)):
-            right = _likely((masked & part).sum(), (chosen & part).sum(), 0.8)
-            see.fact(f"[MASK] is as frequent in quarter {k + 1} of the text as elsewhere", right)
-        drawn = inputs[other]
-        expected = 600 * (1 - math.exp(-0.1 * chosen.sum().item() / 600))
-        for least, what in (
-            (0.005, "more than one id occurs"),
-            (0.3, "many different ids occur"),
-            (0.8, "nearly as many different ids occur as in independent draws"),
-        ):
-            see.fact(f"{what} among the random ids", len(drawn.unique()) > least * expected)
-        for k in range(4):
-            right = _likely(((drawn * 4) // 600 == k).sum(), len(drawn), 0.25)
-            see.fact(
-                f"a quarter of the random ids lies in quarter {k + 1} of the vocabulary", right
-            )
-    with see.probe("ids (120, 160) of a vocabulary of 5, mask_id 2, which is the only special id"):
-        ids = see.randint(0, 5, 120, 160)
-        inputs, labels, _ = draw(ids, 5, [2], mask_id=2, probability=1.0)
-        see("the labels", labels)
-        chosen, *_, other = follows(inputs, labels, ids, [2], 5, mask_id=2)
-        for k in (0, 1, 3, 4):  # special ids may be left out of the random ones
-            n = (chosen & (ids != k)).sum()
-            count = (inputs[other] == k).sum()
-            often = "as often" if _between(count, n, 0.1 / 5, 0.1 / 4) else _share(count, n, 0.02)
-            see(f"how often the random ids include {k}, compared with the others", often)
-        stays = (chosen & (inputs == ids)).sum()
-        right = _between(stays, chosen.sum(), 0.1 + 0.1 / 5, 0.1 + 0.2 / 5)
-        see.fact("a random id may be the one that stood there: 12 % are as they were", right)
+        if parts := follows(inputs, labels, ids, special, 600):
+            chosen, may_be, masked, other = parts
+            rates(ids, chosen, may_be, masked, other, 0.5, 600)
+            for k, part in enumerate(quarters(ids.shape)):
+                right = _likely((masked & part).sum(), (chosen & part).sum(), 0.8)
+                where = f"quarter {k + 1} of the text"
+                see.fact(f"[MASK] is as frequent in {where} as elsewhere", right)
+            drawn = inputs[other]
+            expected = 600 * (1 - math.exp(-0.1 * chosen.sum().item() / 600))
+            for least, what in (
+                (0.005, "more than one id occurs"),
+                (0.3, "many different ids occur"),
+                (0.8, "nearly as many different ids occur as in independent draws"),
+            ):
+                see.fact(f"{what} among the random ids", len(drawn.unique()) > least * expected)
+            for k in range(4):
+                right = _likely(((drawn * 4) // 600 == k).sum(), len(drawn), 0.25)
+                of = f"quarter {k + 1} of the vocabulary"
+                see.fact(f"a quarter of the random ids lies in {of}", right)
+    with see.probe("ids (200, 160) of a vocabulary of 5, mask_id 2, which is the only special id"):
+        ids = see.randint(0, 5, 200, 160)
+        inputs, labels, _ = draw(ids, 5, [2], mask_id=2, seed=8, probability=1.0)
+        if parts := follows(inputs, labels, ids, [2], 5, mask_id=2):
+            chosen, *_, other = parts
+            for k in (0, 1, 3, 4):  # special ids may be left out of the random ones
+                n, count = (chosen & (ids != k)).sum(), (inputs[other] == k).sum()
+                right = _between(count, n, 0.1 / 5, 0.1 / 4)
+                often = "as often" if right else _share(count, n, 0.1 / 5)
+                see(f"how often the random ids include {k}, compared with the others", often)
+            stays = (chosen & (inputs == ids)).sum()
+            right = _between(stays, chosen.sum(), 0.1 + 0.1 / 5, 0.1 + 0.2 / 5)
+            see.fact("a random id may be the one that stood there: 12 % are as they were", right)
     with see.probe("generators: ids (20, 50), probability 0.5"):
         special = [60, 0, 2, 31]
         ids = text(20, 50, 6, 90, special)
@@ -1947,14 +1954,16 @@ def _observe_mask_tokens(mask_tokens, see):
         inputs = torch.stack([inputs for inputs, *_ in drawn])  # (60, 5, 40)
         chosen = torch.stack([labels for _, labels, _ in drawn]) != -100
         masked, other = chosen & (inputs == MASK), chosen & (inputs != MASK) & (inputs != ids)
-        n = chosen.sum((1, 2))
+        n, differ = chosen.sum((1, 2)), (inputs != inputs[0]).any()
+        see.fact("sixty generators give more than one result", differ)
         for what, count, of, p in (
             ("chosen tokens in a row", chosen.sum(2), may_be.sum(1), 0.4),
             ("chosen tokens in the batch", n, may_be.sum(), 0.4),
             ("[MASK] for so many chosen tokens", masked.sum((1, 2)), n, 0.8),
             ("random ids for so many chosen tokens", other.sum((1, 2)), n, 0.1),
         ):
-            see(f"how the number of {what} varies from call to call", _spread(count, of, p))
+            if differ:
+                see(f"how the number of {what} varies from call to call", _spread(count, of, p))
 
 
 def _mask_with(
@@ -2059,11 +2068,6 @@ _mask_fate_of_rows = _mask_with(
 _mask_fate_of_columns = _mask_with(
     fates=lambda ids, generator: torch.rand(ids.shape[1], generator=generator)
 )
-_mask_fate_in_order = _mask_with(
-    fates=lambda ids, generator: (
-        torch.arange(ids.numel(), dtype=torch.float64).view(ids.shape) / ids.numel()
-    )
-)
 _mask_one_random = _mask_with(
     anything=lambda ids, size, generator: torch.randint(size, (1,), generator=generator).expand(
         ids.shape
@@ -2121,6 +2125,18 @@ def _mask_global_seeded(ids, special_ids, mask_id, vocab_size, generator, probab
     """Seeds torch's own numbers from the generator and draws from them."""
     torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
     return reference.mask_tokens(ids, special_ids, mask_id, vocab_size, None, probability)
+
+
+def _mask_fate_in_order(ids, special_ids, mask_id, vocab_size, generator, probability=0.15):
+    """The first 80 % of the chosen become [MASK], the next 10 % random, the last stay."""
+    chosen = torch.rand(ids.shape, generator=generator) < probability
+    chosen &= ~torch.isin(ids, torch.tensor(special_ids))
+    places, anything = chosen.nonzero(), torch.randint(vocab_size, ids.shape, generator=generator)
+    one, two, inputs = int(0.8 * len(places)), int(0.9 * len(places)), ids.clone()
+    swapped = places[one:two].unbind(1)
+    inputs[places[:one].unbind(1)] = mask_id
+    inputs[swapped] = anything[swapped]
+    return inputs, ids.masked_fill(~chosen, -100)
 
 
 def _mask_special_extended(ids, special_ids, mask_id, vocab_size, generator, probability=0.15):
