@@ -88,11 +88,8 @@ class Stop(Exception):
 
 def env() -> int:
     """Create `.venv` with the locked packages and fetch the data; return an exit code."""
-    try:
-        _install()
-        _fetch()
-    except Stop as stop:
-        return _tell(stop)
+    if code := _prepare():
+        return code
     if not _active():
         print("The environment in .venv is ready.", flush=True)
     return 0
@@ -129,11 +126,8 @@ def lab(argv: list[str]) -> int:
 
 def test(argv: list[str]) -> int:
     """`env`, then lint, format check and pytest with `argv`; return an exit code."""
-    try:
-        _install()
-        _fetch()
-    except Stop as stop:
-        return _tell(stop)
+    if code := _prepare():
+        return code
     environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONUTF8="1")
     failed = []
     for part in (["check"], ["format", "--check"]):
@@ -149,13 +143,20 @@ def test(argv: list[str]) -> int:
 
 def bench(argv: list[str]) -> int:
     """`env`, then the benchmarks, one thread each; return an exit code."""
+    if code := _prepare():
+        return code
+    environment = dict(os.environ, OMP_NUM_THREADS="1", COURSE_THREADS="1", PYTHONUTF8="1")
+    return _run([_python(), "-m", "benchmarks", *argv], environment)
+
+
+def _prepare() -> int:
+    """Install and fetch what is missing; an exit code, and where it is not 0 the reason is told."""
     try:
         _install()
         _fetch()
     except Stop as stop:
         return _tell(stop)
-    environment = dict(os.environ, OMP_NUM_THREADS="1", COURSE_THREADS="1", PYTHONUTF8="1")
-    return _run([_python(), "-m", "benchmarks", *argv], environment)
+    return 0
 
 
 def is_current() -> bool:

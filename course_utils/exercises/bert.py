@@ -5977,7 +5977,7 @@ FIX_LEAKY_SPLIT = Exercise(
     shipped=split_texts,
     symptom="Of 800 reviews collected from the web every fourth stands there twice, the second "
     "time in capitals. Trained and tested on this split a bag of words is right in 0.76 of the "
-    "cases; on reviews that were written afterwards, in 0.58.",
+    "cases; on reviews that it has never met, in 0.58.",
     misconceptions=(
         Misconception(
             "rows_shuffled",  # museum F14

@@ -199,6 +199,7 @@ def warmup_linear(step, warmup, total):
     """The factor of the learning rate at a step, counted from 0: 0 → 1 → 0 in straight lines.
 
     It rises from 0 at step 0 to 1 at step `warmup`, falls to 0 at step `total`, and stays there.
+    A warm-up longer than the training is still rising where the training ends.
     Source: transformers.get_linear_schedule_with_warmup; Devlin et al. (2019), appendix A.2.
     """
     if step < warmup:
