@@ -339,13 +339,13 @@ def test_what_is_printed_can_be_shown():
 
 def test_modules_of_their_own_class_are_sent():
     """torch.backends.cudnn is one, which cloudpickle alone cannot send."""
-    from course_utils.exercises.sandbox import _packed
+    from course_utils.processes import packed
 
     def answer(grad, shape):
         torch.backends.cudnn.deterministic = True
         return REFERENCE(grad, shape)
 
-    assert _packed(answer)
+    assert packed(answer)
 
 
 @pytest.mark.parametrize("slug", ["unbroadcast", "checkpoint", "batch_norm_1d"])

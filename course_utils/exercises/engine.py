@@ -149,6 +149,8 @@ class Difference:
 
 def snapshot(value: Any) -> Any:
     """Copies `value` so that later changes in place do not reach the observation."""
+    if isinstance(value, (SeenTensor, SeenObject)):  # observed in another process
+        return value
     if isinstance(value, torch.Tensor):
         if value.is_nested:  # has no shape
             return SeenObject("nested Tensor")
@@ -352,6 +354,14 @@ class _EndProbe(Exception):
     """Leaves a probe whose last observation was of the wrong kind."""
 
 
+class Elsewhere(Exception):
+    """What an answer did in another process, to be recorded as if it had happened here."""
+
+    def __init__(self, raised: Raised) -> None:
+        super().__init__(raised.text)
+        self.raised = raised
+
+
 class _Unlike(Exception):
     """Leaves the observing of a misconception that is not the one looked for."""
 
@@ -378,6 +388,7 @@ class Observer:
         self.expected = expected
         self.like = like
         self.seen: Observations = {}
+        self.agrees = True  # with what is expected, in all that was observed so far
         self.generator = torch.Generator()
         self._probe = ""
         self._arguments = ""
@@ -400,7 +411,10 @@ class Observer:
             pass
         except (TimeUp, _Unlike):
             raise
+        except Elsewhere as error:
+            self.agrees, self.seen[name]["raised"] = False, error.raised
         except BaseException as error:  # sys.exit() and the like are observations too
+            self.agrees = False
             self.seen[name]["raised"] = _raised(
                 error, _short(self._arguments, 200), self.name, self.exercise
             )
@@ -428,8 +442,11 @@ class Observer:
                 difference = compare(
                     expected[label], record[label], self.exercise.rtol, self.exercise.atol
                 )
+                self.agrees = self.agrees and difference is None
                 if difference is not None and difference.ends_probe:
                     raise _EndProbe
+            elif label not in expected:
+                self.agrees = False
         return value
 
     def fact(self, statement: str, holds: Any) -> None:
@@ -771,7 +788,9 @@ def _explain(exercise: Exercise, found, seen: Observations) -> tuple[str, dict]:
         details["error"] = {"type": difference.type_name, "text": difference.text}
         details["error"]["where"] = difference.where
         on = f" {difference.arguments}" if difference.arguments else ""
-        if difference.not_written_yet:
+        if difference.type_name == "Deadlock":
+            text = f"`{name}` never comes to an end{on}: the processes wait for one another"
+        elif difference.not_written_yet:
             text = f"A part of `{name}` is not written yet: it raised NotImplementedError{on}"
         else:
             text = f"`{name}` raised {difference.type_name}{on}"
@@ -784,7 +803,7 @@ def _explain(exercise: Exercise, found, seen: Observations) -> tuple[str, dict]:
         details["worst"] = difference.worst
         if expected is True and got is False:
             text = f"`{name}` fails a check that a right answer passes: {label}."
-            if label.endswith("inputs are left unmodified"):
+            if "inputs are left unmodified" in label:
                 text = f"`{name}` modified its input in place: work on a copy, or out of place."
             elif label.startswith("the upstream gradient is left unmodified"):
                 text = f"The backward of `{name}` modified the upstream gradient in place: other "

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import ctypes
-import io
 import json
 import linecache
 import os
@@ -21,14 +20,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import cloudpickle
 import torch
 
+from ..processes import packed
 from .engine import WRONG, Exercise, TimeUp, Verdict, diagnose, kept_state, misfit
 from .source import functions_of
 from .worker import receive, send
@@ -173,7 +170,7 @@ def judge(exercise: Exercise, candidate: Any, sandbox: Sandbox = SANDBOX) -> Ver
             return Verdict(WRONG, sentence)
         try:
             with _time_up_after(limit):
-                body, sources = _packed(candidate), _sources(candidate)
+                body, sources = packed(candidate), _sources(candidate)
         except Exception:  # what cannot be sent is judged here, with fewer safeguards
             with sandbox.lock:
                 reply = _here(exercise, candidate, limit)
@@ -222,51 +219,6 @@ def _verdict(exercise: Exercise, reply: dict, limit: float) -> Verdict:
 
 
 # --- what is sent -------------------------------------------------------------------------------
-
-_BY_REFERENCE: dict[str, bool] = {}
-
-
-def _packed(candidate: Any) -> bytes:
-    """The answer as bytes, with all that it uses from files which the worker cannot import."""
-    own = []
-    for name, module in list(sys.modules.items()):
-        if name != "__main__" and isinstance(module, ModuleType) and not _installed(name, module):
-            try:
-                cloudpickle.register_pickle_by_value(module)
-            except ValueError:
-                continue
-            own.append(module)
-    try:
-        body = io.BytesIO()
-        _Pickler(body).dump(candidate)
-        return body.getvalue()
-    finally:
-        for module in own:
-            cloudpickle.unregister_pickle_by_value(module)
-
-
-class _Pickler(cloudpickle.Pickler):
-    """Knows modules that are objects of a class of their own, as torch.backends.cudnn."""
-
-    def reducer_override(self, value: Any) -> Any:
-        if issubclass(type(value), ModuleType) and type(value) is not ModuleType:
-            return import_module, (value.__name__,)
-        return super().reducer_override(value)
-
-
-def _installed(name: str, module: ModuleType) -> bool:
-    """Whether the worker finds the module too: the package itself, libraries, built-ins."""
-    if name not in _BY_REFERENCE:
-        top = name.partition(".")[0]
-        file = getattr(module, "__file__", None) or ""
-        _BY_REFERENCE[name] = (
-            top == "course_utils"
-            or top in sys.stdlib_module_names
-            or not file
-            or "site-packages" in file
-            or "dist-packages" in file
-        )
-    return _BY_REFERENCE[name]
 
 
 def _sources(candidate: Any) -> dict[str, list[str]]:

@@ -168,8 +168,10 @@ def _import_all() -> None:
     """Everything that torch imports only when it is first used, so that no child has to."""
     import torch
 
+    from .. import processes
     from . import registry
 
+    processes.forking = processes.FORK  # nothing here has threads that a fork would miss
     torch.set_num_threads(1)
     x = torch.ones(2, requires_grad=True)
     torch.autograd.grad((x * x).sum(), x)
