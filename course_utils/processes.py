@@ -138,10 +138,12 @@ def _as_error(outcome: Outcome, world_size: int, seconds: float) -> Exception | 
 
 
 def told(outcome: Outcome, world_size: int) -> str:
-    """What each rank was doing at the end, causes first: "rank 0 was waiting in all_reduce of …"."""
-    ranks = sorted(
-        range(world_size), key=lambda r: (r not in outcome.died, r not in outcome.errors)
-    )
+    """What each rank was doing at the end, causes first: "rank 0 was waiting in broadcast of …"."""
+
+    def cause(rank: int) -> tuple[bool, bool]:
+        return rank not in outcome.died, rank not in outcome.errors
+
+    ranks = sorted(range(world_size), key=cause)
     return "; ".join(f"rank {rank} {_state(outcome, rank)}" for rank in ranks)
 
 
