@@ -194,9 +194,8 @@ def run(
             output = job / f"output-{rank}"
             if output.exists() and output.stat().st_size:
                 outcome.printed[rank] = output.read_text("utf-8", "replace")
-            result = job / f"result-{rank}"
-            if result.exists():
-                outcome.results[rank] = pickle.loads(result.read_bytes())
+            if rank in outcome.results:  # not what came after the end was decided on
+                outcome.results[rank] = pickle.loads((job / f"result-{rank}").read_bytes())
         return outcome
     finally:
         shutil.rmtree(job, ignore_errors=True)
@@ -242,6 +241,8 @@ class _Pickler(cloudpickle.Pickler):
     def reducer_override(self, value: Any) -> Any:
         if issubclass(type(value), ModuleType) and type(value) is not ModuleType:
             return import_module, (value.__name__,)
+        if type(value) is FunctionType and value.__module__ == _C10D and value.__name__ in _NAMES:
+            return getattr, (import_module(_C10D), value.__name__)  # as it was before `watch`, too
         return super().reducer_override(value)
 
 
@@ -272,6 +273,8 @@ def _rank(job: Path, rank: int) -> None:
     world_size, seconds = settings["world_size"], settings["seconds"]
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    # Accelerate wants to see an address, though the group exists; nobody listens there.
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a host name need not resolve
     for name, lines in settings["sources"].items():
@@ -281,7 +284,7 @@ def _rank(job: Path, rank: int) -> None:
     try:
         if settings["backend"] == "nccl":
             torch.cuda.set_device(rank)
-        store = _store(job, rank, seconds)
+        store = _store(job, seconds)
         dist.init_process_group(
             settings["backend"],
             store=store,
@@ -301,22 +304,13 @@ def _rank(job: Path, rank: int) -> None:
     os.replace(job / f"{name}.partial", job / name)
 
 
-def _store(job: Path, rank: int, seconds: float):
-    """The store through which the ranks find each other: rank 0's, at a port that was free."""
+def _store(job: Path, seconds: float):
+    """Where the ranks find each other: a file. No port is taken, and no name is looked up, which
+    may take 5 s where a name server does not answer."""
     import torch.distributed as dist
 
-    told, patience = job / "port", timedelta(seconds=seconds)
-    if rank == 0:
-        store = dist.TCPStore(
-            "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=patience
-        )
-        (job / "port.partial").write_text(str(store.port))
-        os.replace(job / "port.partial", told)
-    else:
-        while not told.exists():
-            time.sleep(0.001)
-        store = dist.TCPStore("127.0.0.1", int(told.read_text()), timeout=patience)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port))
+    store = dist.FileStore(str(job / "store"), -1)
+    store.set_timeout(timedelta(seconds=seconds))
     return store
 
 
@@ -337,6 +331,7 @@ _NAMES = (
     "barrier broadcast broadcast_object_list gather gather_object irecv isend monitored_barrier "
     "recv reduce reduce_scatter reduce_scatter_tensor scatter scatter_object_list send"
 ).split()
+_C10D = "torch.distributed.distributed_c10d"
 _log = None  # an open file, where someone watches from outside
 _depth = 0  # collectives call others; only the outermost is the caller's
 
@@ -385,10 +380,16 @@ def _noted(name: str, original: Callable) -> Callable:
         finally:
             _depth -= 1
             _write("<")
-        return _Work(work, call) if call.is_async and work is not None else work
+        if not call.is_async or work is None or _from_torch(sys._getframe(1)):
+            return work  # torch hands it on to its C++ code, which wants its own class
+        return _Work(work, call)
 
     noted.watched = True
     return noted
+
+
+def _from_torch(frame: Any) -> bool:
+    return frame.f_globals.get("__name__", "").startswith("torch.")
 
 
 def _call(name: str, signature: inspect.Signature, args, kwargs) -> Call:
@@ -544,7 +545,7 @@ class _Forked:
                 _die_with_parent(parent)
                 _redirect(job / f"output-{rank}")
                 _rank(job, rank)
-                while True:  # until it is ended: rank 0's store is used as long as others live
+                while True:  # until it is ended: the others may be in the middle of a collective
                     signal.pause()
             finally:
                 os._exit(1)
@@ -814,11 +815,11 @@ def take_jobs() -> None:
     streams = sys.stdout, sys.stderr
     for line in io.TextIOWrapper(io.FileIO(os.dup(0)), "utf-8"):
         job, rank = json.loads(line)
+        if dist.is_initialized():  # only now: the other ranks may have needed this one's
+            dist.destroy_process_group()
         with open(Path(job) / f"output-{rank}", "w", encoding="utf-8") as output:
             sys.stdout = sys.stderr = output
             try:
                 _rank(Path(job), rank)
             finally:
                 sys.stdout, sys.stderr = streams
-        if dist.is_initialized():
-            dist.destroy_process_group()

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
+import os
+from dataclasses import replace
 
 import hypothesis.strategies as st
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import HealthCheck, Phase, given, settings
 
 from course_utils.exercises import judge, registry
+from course_utils.exercises.engine import diagnose
 from course_utils.exercises.sandbox import Sandbox
 from course_utils.exercises.sandbox import judge as judge_in
 
 EXERCISES = list(registry().values())
-FORKED = 8  # one answer in so many is judged in a fork, which costs more than most judgements
+FORKED = 20  # one answer in so many is judged in a fork, which costs more than most judgements
 VALUES = st.one_of(
     st.none(),
     st.booleans(),
@@ -180,3 +185,59 @@ def test_endless_loop_is_stopped(exercise, monkeypatch):
     verdict = judge(exercise.slug, answer)
     assert verdict.state == "wrong"
     assert "did not come to an end" in verdict.message
+
+
+# --- on several processes -----------------------------------------------------------------------
+
+ON_RANKS = [e for e in EXERCISES if "on_ranks" in inspect.getsource(e.observe)]
+
+
+def _right_alone(reference, otherwise):
+    """Right in a world of one process, where answers are screened, and garbage on two."""
+
+    def answer(*args, **kwargs):
+        if dist.get_world_size() == 1:
+            return reference(*args, **kwargs)
+        return otherwise(*args, **kwargs)
+
+    return answer
+
+
+def _leaves(*args, **kwargs):
+    os._exit(0)
+
+
+def _sends_to_nobody(*args, **kwargs):
+    dist.send(torch.ones(2), 7)
+
+
+def _alone_in_a_collective(*args, **kwargs):
+    if dist.get_rank() == 1:
+        dist.broadcast(torch.ones(2), 1)
+
+
+OTHERWISE = [
+    _returning(None),
+    _returning(torch.ones(0)),
+    _returning("nothing"),
+    _echo,
+    _raising(ValueError),
+    _raising(SystemExit),
+    _module(None),
+    _leaves,
+    _sends_to_nobody,
+    _alone_in_a_collective,
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("exercise", ON_RANKS, ids=lambda e: e.slug)
+def test_garbage_on_real_processes_gets_a_sentence(exercise):
+    """Ten that pass the screen; not looked for in the catalogue, which other tests go through."""
+    bare = replace(exercise, misconceptions=())
+    for otherwise in OTHERWISE:
+        verdict = diagnose(bare, _right_alone(exercise.reference, otherwise))
+        assert verdict.state == "wrong", otherwise
+        first = verdict.message.splitlines()[0]
+        assert len(first) > 20, first
+    assert not dist.is_initialized()

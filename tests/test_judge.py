@@ -17,6 +17,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import FunctionType
 
 import numpy as np
@@ -69,6 +70,18 @@ def test_right_answers_in_other_clothes_pass():
     for answer in (lambda x: x + x, functools.partial(torch.mul, 2), lambda x, extra=1: x.mul(2)):
         assert diagnose(TOY, answer).state == "passed"
     assert diagnose(TOY, torch.nn.Sequential(torch.nn.Identity())).state == "wrong"
+
+
+def test_nothing_passes_where_the_reference_itself_fails():
+    def broken(scale, see):
+        with see.probe("any"):
+            see("one", 1)
+            raise OSError("no process could be started")
+
+    verdict = diagnose(replace(TOY, observe=broken), lambda x: 2 * x)
+    assert verdict.state == "wrong" and verdict.details == {"problem": "reference"}
+    assert verdict.message.startswith("`scale` could not be judged here: the worked answer itself")
+    assert "no process could be started" in verdict.message
 
 
 def test_a_known_mistake_is_named_and_another_is_not():

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
+from pathlib import Path
 
 import pytest
 from jupyter_client.manager import KernelManager
@@ -99,3 +101,33 @@ def test_two_kernels_check_at_once(kernels):
         assert run(client, "pass") == "ok"
     entry = record.load()["unbroadcast"]
     assert entry["state"] == "passed" and entry["attempts"] == 30
+
+
+RANKS = """
+import os, time
+import torch.distributed as dist
+from course_utils.processes import launch
+
+def endless_ranks(marker):
+    with open(f"{marker}-{dist.get_rank()}.partial", "w") as file:
+        file.write(str(os.getpid()))
+    os.replace(f"{marker}-{dist.get_rank()}.partial", f"{marker}-{dist.get_rank()}")
+    while True:
+        time.sleep(0.01)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_an_interrupted_cell_leaves_no_rank(kernels):
+    (manager, _), (client, _), marker = kernels
+    assert run(client, RANKS) == "ok"
+    files = [Path(f"{marker}-{rank}") for rank in (0, 1)]
+    client.execute(f"launch(endless_ranks, 2, {str(marker)!r})", stop_on_error=False)
+    until = time.monotonic() + 60
+    while not all(file.exists() for file in files):
+        assert time.monotonic() < until, "the ranks did not start"
+        time.sleep(0.05)
+    manager.interrupt_kernel()
+    assert client.get_shell_msg(timeout=30)["content"]["ename"] == "KeyboardInterrupt"
+    assert not [file for file in files if Path("/proc", file.read_text()).exists()]
+    assert run(client, "assert launch(dist.get_rank, 2) == [0, 1]") == "ok"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .engine import Exercise, Verdict
 
-CHAPTERS = ("autograd", "mlp", "attention", "bert")  # in the order of the notebooks
+CHAPTERS = ("autograd", "mlp", "attention", "bert", "ddp")  # in the order of the notebooks
 
 
 def registry() -> dict[str, Exercise]:

@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any
@@ -516,6 +517,7 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 
 _OURS = str(Path(__file__).resolve().parent)
+_NOTING = str(Path(__file__).resolve().parents[1] / "processes.py")  # what notes collectives
 _LIBRARIES = (str(Path(torch.__file__).parent), os.path.dirname(os.__file__))
 
 
@@ -536,7 +538,7 @@ def _raised(error: BaseException, arguments: str, name: str, exercise: Exercise)
     learners = [
         frame
         for frame in frames
-        if not frame.filename.startswith((*_LIBRARIES, "<frozen"))
+        if not frame.filename.startswith((*_LIBRARIES, _NOTING, "<frozen"))
         and Path(frame.filename).parent != Path(_OURS)
     ]
     where = ""
@@ -596,6 +598,12 @@ def observe(exercise: Exercise, implementation: Any, expected: Observations | No
     with kept_state():
         exercise.observe(implementation, see)
     return see.seen
+
+
+@cache
+def _expected(exercise: Exercise) -> Observations:
+    """What the reference does, observed once in each process."""
+    return observe(exercise, exercise.reference)
 
 
 def _own_name(implementation: Any) -> str:
@@ -725,8 +733,13 @@ def _is_code(value: Any) -> bool:
     return isinstance(value, (FunctionType, staticmethod, classmethod))
 
 
-def diagnose(exercise: Exercise, candidate: Any) -> Verdict:
-    """Judges an answer in this process: passed, wrong (named where possible) or not attempted."""
+def diagnose(
+    exercise: Exercise, candidate: Any, ended: Callable[[], None] = lambda: None
+) -> Verdict:
+    """Judges an answer in this process: passed, wrong (named where possible) or not attempted.
+
+    `ended` is called when the answer has done its part; what follows is the catalogue's.
+    """
     sentence = misfit(exercise, candidate)
     if sentence is not None:
         return Verdict(WRONG, sentence)
@@ -734,8 +747,15 @@ def diagnose(exercise: Exercise, candidate: Any) -> Verdict:
         text = f"Not attempted yet: the cell is as it was shipped. {exercise.symptom}"
         return Verdict(NOT_ATTEMPTED, text.strip())
     rtol, atol = exercise.rtol, exercise.atol
-    expected = observe(exercise, exercise.reference)
+    expected = _expected(exercise)
+    for probe, labels in expected.items():
+        if "raised" in labels:  # no processes can be started, say: then nothing can be compared
+            error = labels["raised"]
+            text = f"`{exercise.name}` could not be judged here: the worked answer itself raised "
+            text += f"{error.type_name}: {error.text}. Your answer is not lost.\nProbe: {probe}."
+            return Verdict(WRONG, text, details={"problem": "reference"})
     seen = observe(exercise, candidate, expected)
+    ended()
     found = first_difference(expected, seen, rtol, atol)
     if found is None:
         return Verdict(PASSED, f"`{exercise.name}` is right: {_count(seen)}.")

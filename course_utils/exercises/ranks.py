@@ -11,6 +11,10 @@ from .engine import Elsewhere, Observer, Raised
 
 SECONDS = 8.0  # for one probe; an answer as a whole has COURSE_TIME_LIMIT
 GLOO = ("gloo/", "Connection closed", "connection")
+BROKEN_OFF = (
+    "gloo broke off: the ranks' calls do not fit together (tensors of other sizes, another order, "
+    "another operation), or a rank ended early"
+)
 
 
 def on_ranks(see: Observer, world_size: int, scenario: Callable, answer: Any, *args: Any) -> None:
@@ -26,6 +30,10 @@ def on_ranks(see: Observer, world_size: int, scenario: Callable, answer: Any, *a
     )
     ranks = [outcome.results.get(rank) for rank in range(world_size)]
     raised = {r: seen["raised"] for r, seen in enumerate(ranks) if seen and "raised" in seen}
+    broken = {r: error for r, error in raised.items() if any(mark in error.text for mark in GLOO)}
+    raised = {r: error for r, error in raised.items() if r not in broken}
+    if broken and not raised:  # which rank sees it first, and its port, are a matter of luck
+        raise Elsewhere(_raised("RankError", BROKEN_OFF, world_size))
     if outcome.problem and not raised:
         raise Elsewhere(_failure(outcome, world_size))
     if outcome.problem:  # the others wait for it, or were ended by it
@@ -62,10 +70,13 @@ def _failure(outcome: Outcome, world_size: int) -> Raised:
     elif 0 in outcome.died.values():
         kind, text = "RankError", "a rank left its Python process (`os._exit` or the like)"
     elif outcome.died or any(mark in text for text in texts for mark in GLOO):
-        kind, text = "RankError", "gloo broke off: the ranks' calls do not fit together"
-        text += " (tensors of other sizes, another order, another operation), or a rank ended early"
+        kind, text = "RankError", BROKEN_OFF
     else:
         first = min(outcome.errors)
         kind, text = outcome.errors[first]["type"], outcome.errors[first]["text"]
+    return _raised(kind, text, world_size)
+
+
+def _raised(kind: str, text: str, world_size: int) -> Raised:
     on = f"on {world_size} processes"
     return Raised(kind, text, where="", arguments=on, not_written_yet=False)

@@ -20,9 +20,10 @@ from torch import nn
 def shard_indices(n, rank, world_size, epoch, seed):
     """The samples that this rank goes through in one epoch: list of int.
 
-    All ranks shuffle alike: torch.randperm(n) of a generator seeded with seed + epoch. The order is
-    extended from its own beginning, more than once if need be, to a multiple of world_size, so
-    that all ranks take as many steps; then every world_size-th sample, from place `rank` on. n ≥ 1.
+    All ranks shuffle alike: torch.randperm(n) of a generator of its own, seeded with seed + epoch.
+    The order is extended from its own beginning, more than once if need be, to a multiple of
+    world_size, so that all ranks take as many steps; then every world_size-th sample, from place
+    `rank` on. n ≥ 1.
 
     Source: torch.utils.data.distributed.DistributedSampler, shuffle=True, drop_last=False.
     """
@@ -264,8 +265,9 @@ def accumulate_shards(ddp, micro_batches, loss_function):
     """Leave in the parameters' .grad the mean over this step's micro-batches and over the ranks.
 
     ddp: a DistributedDataParallel. micro_batches: a list of (x, y), as many on every rank and of
-    equal sizes. loss_function(logits, y) is a mean over its samples. The gradients travel once, in
-    the backward pass of the last micro-batch. Gradients that were there before are not zeroed.
+    equal sizes. loss_function(logits, y) is a mean over its samples. One micro-batch after another
+    goes forward and backward; the gradients travel once, in the backward pass of the last.
+    Gradients that were there before, the same on all ranks, are not zeroed: this adds to them.
     """
     *first, (x, y) = micro_batches
     with ddp.no_sync():
@@ -297,8 +299,9 @@ def global_accuracy(model, x, y, batch_size):
     """The share of all samples that the model gets right, a float, the same on every rank.
 
     x: (n, ...), y: int64 (n,), whole on every rank. Each sample is evaluated on exactly one rank,
-    in batches of at most batch_size, in eval mode, which the model does not stay in if it was in
-    train mode; the ranks' parts may differ by a sample or be empty. The model returns logits.
+    in batches of at most batch_size; no rank has more than ceil(n / world_size) of them, and some
+    may have none. The model, which returns logits, is in eval mode meanwhile, and afterwards in
+    the mode that it was in. n ≥ 1.
     """
     was_training = model.training
     model.eval()
@@ -363,10 +366,10 @@ def load_checkpoint(path, model, optimizer, scheduler):
 class ShardedAdamW:
     """AdamW whose state is spread over the ranks: each keeps that of its own parameters only.
 
-    params: the same parameters in the same order on all ranks, with gradients that are the same on
-    all ranks when step() is called. Rank r updates the parameters r, r + world_size, … of the list,
-    by torch.optim.AdamW, and sends them to the others. A parameter without a gradient stays as it
-    is. zero_grad() sets all gradients to None.
+    params: an iterable of the same parameters in the same order on all ranks, with gradients that
+    are the same on all ranks when step() is called. Rank r updates the parameters number r,
+    r + world_size, … (there may be none) by torch.optim.AdamW, and sends them to the others. A
+    parameter without a gradient stays as it is. zero_grad() sets all gradients to None.
 
     Source: Rajbhandari et al., ZeRO (2020), section 5.1.
     """
