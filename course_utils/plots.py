@@ -263,6 +263,86 @@ def bars(
 
 
 @_styled
+def timeline(
+    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float, str]]]],
+    xlabel: str,
+    *,
+    caption: str,
+    alt: str,
+) -> None:
+    """What happened when: {title: {row: [(begin, end, label), ...]}}, a panel under the other.
+
+    Each row's bars have one colour, the same in all panels, with their labels inside where they
+    fit; all panels have one x axis, which begins at 0.
+    """
+    height = 0.75 + sum(0.3 + 0.24 * len(rows) for rows in panels.values())
+    fig = Figure(figsize=(WIDTH, min(HEIGHT, height)))
+    sizes = [len(rows) + 1 for rows in panels.values()]
+    axes = fig.subplots(len(panels), sharex=True, squeeze=False, height_ratios=sizes)[:, 0]
+    names = list(dict.fromkeys(row for rows in panels.values() for row in rows))
+    colours = dict(zip(names, itertools.cycle(COLOURS)))
+    ends = [bar[1] for rows in panels.values() for bars in rows.values() for bar in bars]
+    for ax, (title, rows) in zip(axes, panels.items(), strict=True):
+        for place, (name, bars) in enumerate(rows.items()):
+            spans = [(begin, end - begin) for begin, end, _ in bars]
+            colour = colours[name]
+            ax.broken_barh(spans, (place - 0.4, 0.8), color=colour, edgecolor="white", linewidth=1)
+            for begin, end, label in bars:
+                if label and (end - begin) / max(ends) > 0.016 * len(label):
+                    ax.text((begin + end) / 2, place, label, color="white", fontsize=7,
+                            ha="center", va="center")  # fmt: skip
+        ax.set_yticks(range(len(rows)), list(rows))
+        ax.set(title=title, ylim=(len(rows) - 0.5, -0.5), xlim=(0, max(ends, default=1)))
+        ax.grid(visible=False, axis="y")
+    axes[-1].set_xlabel(xlabel)
+    show(fig, caption=caption, alt=alt)
+
+
+@_styled
+def exchange(
+    panels: Mapping[str, tuple[Sequence[Sequence[str]], Sequence[Sequence[str]]]],
+    *,
+    caption: str,
+    alt: str,
+    columns: int = 2,
+) -> None:
+    """What each process holds before and after: {title: (before, after)}, `columns` panels a row.
+
+    before, after: for each rank a list of strings, one a cell, "" for an empty one. A string that
+    stands somewhere before has the colour of the first rank that has it there; one that is new is
+    set in white on black.
+    """
+    rows = math.ceil(len(panels) / columns)
+    ranks = max(len(before) for before, _ in panels.values())
+    fig = Figure(figsize=(WIDTH, min(HEIGHT, rows * (0.35 + 0.27 * ranks))))
+    for ax in fig.subplots(rows, columns, squeeze=False).flat:
+        ax.set_axis_off()
+    for ax, (title, (before, after)) in zip(fig.axes, panels.items(), strict=False):
+        owner = {text: rank for rank in reversed(range(len(before))) for text in before[rank]}
+        start = max(map(len, before)) + 1.2
+        end = start + max(map(len, after))
+        for left, side in ((0, before), (start, after)):
+            for rank, cells in enumerate(side):
+                for place, text in enumerate(cells):
+                    new = text not in owner
+                    colour = "white" if not text else "black" if new else COLOURS[owner[text]]
+                    ax.add_patch(
+                        matplotlib.patches.Rectangle(
+                            (left + place, rank + 0.08), 0.94, 0.84, facecolor=colour,
+                            alpha=1 if new else 0.35, edgecolor=GREY, linewidth=0.6,
+                        )
+                    )  # fmt: skip
+                    ax.text(left + place + 0.47, rank + 0.5, text, ha="center", va="center",
+                            fontsize=7, color="white" if new and text else "black")  # fmt: skip
+        ax.annotate("", (start - 0.2, len(before) / 2), (start - 1.1, len(before) / 2),
+                    arrowprops={"arrowstyle": "-|>", "color": "black"})  # fmt: skip
+        for rank in range(len(before)):
+            ax.text(-0.15, rank + 0.5, f"rank {rank}", ha="right", va="center", fontsize=7)
+        ax.set(title=title, xlim=(-1.2, end), ylim=(len(before), 0))
+    show(fig, caption=caption, alt=alt)
+
+
+@_styled
 def image_grid(
     images,
     titles: Sequence[str] | None = None,

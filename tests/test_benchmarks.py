@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks import fine_tuning
+from benchmarks import data_parallel, fine_tuning
 
 pytestmark = pytest.mark.slow
 
@@ -22,3 +22,16 @@ def test_the_chapter_s_own_cells_train_and_measure(monkeypatch, capsys):
     fine_tuning.main()
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1 + 3 * 2 + 2 and "standard deviation" in lines[-1]
+
+
+def test_two_processes_are_measured_beside_one(capsys):
+    data_parallel.main(rounds=2, scale=16)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + 4
+    medians = [float(line[54:].split()[0]) for line in lines[2:]]
+    assert all(0.01 < median < 100 for median in medians)
+
+
+def test_a_ratio_is_taken_round_by_round():
+    assert data_parallel.ratios([2, 4, 6, 8, 10], [1, 2, 3, 4, 5]) == (2, 2, 2)
+    assert data_parallel.ratios([1, 2, 3, 4, 5], [1, 1, 1, 1, 1])[1] == 3

@@ -104,6 +104,40 @@ def test_bars(shown):
     assert {"4.7 s", "0.7 s", "slow", "fast", "time (s)", "budget"} <= set(texts(shown[0]))
 
 
+def test_timeline(shown):
+    fast = {"compute": [(0.0, 4.0, "layer 1"), (4.0, 4.1, "layer 2")], "send": [(4.0, 6.0, "")]}
+    slow = {"compute": [(0.0, 5.0, "all")], "send": []}
+    plots.timeline({"fast": fast, "slow": slow}, "milliseconds", **WORDS)
+    upper, lower = shown[0].axes
+    assert (upper.get_title(), lower.get_title()) == ("fast", "slow")
+    assert upper.get_xlim() == lower.get_xlim() == (0, 6)
+    computed, sent = upper.collections
+    boxes = [path.get_extents() for path in computed.get_paths()]
+    assert [(box.x0, box.x1) for box in boxes] == [(0.0, 4.0), (4.0, 4.1)]
+    assert not (computed.get_facecolor() == sent.get_facecolor()).all()
+    assert (computed.get_facecolor() == lower.collections[0].get_facecolor()).all()
+    assert {"layer 1", "all", "milliseconds"} <= set(texts(shown[0]))
+    assert "layer 2" not in texts(shown[0])  # no room in its bar
+
+
+def test_exchange(shown):
+    plots.exchange(
+        {
+            "all": ([["a"], ["b"]], [["a+b"], ["a+b"]]),
+            "gather": ([["a", ""], ["", "b"]], [["a", "b"], ["a", "b"]]),
+        },
+        **WORDS,
+    )
+    left, right = shown[0].axes
+    assert (left.get_title(), right.get_title()) == ("all", "gather")
+    a, b, *sums = (patch.get_facecolor()[:3] for patch in left.patches)
+    assert (a, b) == tuple(map(matplotlib.colors.to_rgb, plots.COLOURS[:2]))
+    assert sums == [(0, 0, 0)] * 2  # new
+    cells = [patch.get_facecolor()[:3] for patch in right.patches]
+    assert cells == [a, (1, 1, 1), (1, 1, 1), b, a, b, a, b]
+    assert texts(shown[0]).count("a+b") == 2 and texts(shown[0]).count("rank 1") == 2
+
+
 def test_image_grid(shown):
     images = torch.arange(3 * 4 * 5).view(3, 4, 5).to(torch.uint8)
     plots.image_grid(images, ["7", "1 as 7", "2"], columns=2, wrong=[False, True, False], **WORDS)
