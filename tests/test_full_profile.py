@@ -1,4 +1,4 @@
-"""Chapters 2 to 4 as the full profile runs them, as far as that goes without the internet.
+"""Chapters 2 to 5 as the full profile runs them, as far as that goes without the internet.
 
 Chapter 2: on real MNIST images, a sample of 7,000 and 1,000 of them. The sample stands beside the
 repository, in ../shared/data/mnist/raw; where it is missing, the test is skipped. Only two lines
@@ -9,6 +9,9 @@ bert-base-uncased whose weights are random and whose layers are two, on whatever
 
 Chapter 4: all but its miniature, with the same stand-in for the encoder, and 200 of the course's
 reviews without their slices in the place of rotten_tomatoes.
+
+Chapter 5: its proofs on two processes, on the same sample of MNIST; and on the GPU, where one is
+found, those of section 17.
 """
 
 from __future__ import annotations
@@ -164,3 +167,37 @@ def test_the_full_profile_fine_tunes_an_encoder_of_bert_base_s_shape():
     assert facts["device"] == ("cuda" if torch.cuda.is_available() else "cpu")
     table = "".join(output.get("text", "") for output in outputs["half-table"])
     assert ("No GPU in use" in table) is (facts["device"] == "cpu")
+
+
+DDP = REPOSITORY / "notebooks" / "05_ddp.ipynb"
+DDP_PARTS = """
+    all_reduce_mean shard_indices broadcast_parameters average_gradients naive_ddp bucketed_ddp
+    global_accuracy save_checkpoint load_checkpoint
+""".split()
+DDP_CELLS = """
+    setup imports load digits apart weights-by-step prove-average-code prove-naive
+    prove-accuracy-code resume-training resume-proof gpu-gradients gpu-tried
+""".split()
+OWN_FILES = """import course_utils.data
+from pathlib import Path
+raw = Path({raw!r})
+def own_paths(train, profile=None):
+    name = "train" if train else "t10k"
+    return raw / f"{{name}}-images-idx3-ubyte", raw / f"{{name}}-labels-idx1-ubyte"
+course_utils.data.idx_paths = own_paths"""
+
+
+def test_the_full_profile_trains_on_two_processes(mnist_sample):
+    notebook = shortened(DDP, DDP_PARTS, DDP_CELLS)
+    source = OWN_FILES.format(raw=str(mnist_sample / "MNIST" / "raw"))
+    ids = [cell["id"] for cell in notebook.cells]
+    notebook.cells.insert(ids.index("digits"), v4.new_code_cell(source, id="own-files"))
+    facts = "print(dict(quick=quick, shape=tuple(x_train.shape), proofs=len(proof.differences)))"
+    notebook.cells.append(v4.new_code_cell(facts, id="facts"))
+    execution = notebooks.execute(notebook, DDP.parent, strict=True, timeout=300, threads=1)
+    outputs = {cell["id"]: cell.get("outputs") for cell in execution.notebook.cells}
+    facts = ast.literal_eval(outputs["facts"][0].text)
+    print(f"{execution.seconds:.0f} s, {facts}")
+    assert facts == {"quick": False, "shape": (7000, 784), "proofs": 5}
+    told = "".join(output.get("text", "") for output in outputs["gpu-tried"])
+    assert ("No CUDA GPU" in told) is not torch.cuda.is_available()
