@@ -27,7 +27,7 @@ def test_the_chapter_s_own_cells_train_and_measure(monkeypatch, capsys):
 def test_two_processes_are_measured_beside_one(capsys):
     data_parallel.main(rounds=2, scale=16)
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 + 4
+    assert len(lines) == 2 + 5
     medians = [float(line[54:].split()[0]) for line in lines[2:]]
     assert all(0.01 < median < 100 for median in medians)
 

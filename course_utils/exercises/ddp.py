@@ -25,10 +25,12 @@ from pathlib import Path
 from types import FunctionType, MethodType, ModuleType, SimpleNamespace
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from course_utils import processes
 from course_utils.exercises.engine import Exercise, Misconception, _EndProbe
@@ -103,7 +105,9 @@ def _observe_shard_indices(shard_indices, see):
     def shards(n, world_size, epoch, seed, when=""):
         for rank in range(world_size):
             label = f"the samples of rank {rank}{when}"
-            see.call(label, shard_indices, n, rank, world_size, epoch, seed)
+            samples = see.call(label, shard_indices, n, rank, world_size, epoch, seed)
+            plain = not any(isinstance(sample, torch.Tensor) for sample in samples)
+            see.fact(f"{label} are whole numbers and not tensors", plain)
 
     with see.probe("12 samples, 3 ranks, epoch 0, seed 0"):
         shards(12, 3, 0, 0)
@@ -118,15 +122,17 @@ def _observe_shard_indices(shard_indices, see):
         shards(21, 4, 5, 3)
     with see.probe("3 samples, 8 ranks, epoch 1, seed 4"):
         shards(3, 8, 1, 4)
-    with see.probe("1 sample, 3 ranks"):
-        shards(1, 3, 2, 1)
+    with see.probe("1 sample, 8 ranks"):
+        shards(1, 8, 2, 1)
     with see.probe("7 samples, one process alone"):
         shards(7, 1, 2, 6)
     with see.probe("10 samples, 2 ranks, while training draws random numbers too"):
-        state = torch.get_rng_state()
+        torch.rand(5)  # else seeding anew would look like putting the state back
+        state, seed = torch.get_rng_state(), torch.initial_seed()
         shards(10, 2, 1, 3)
         same = torch.equal(torch.get_rng_state(), state)
         see.fact("torch's own random state is as it was before the call", same)
+        see.fact("torch's own generator has the seed that it had", torch.initial_seed() == seed)
 
 
 def _shards_with(
@@ -154,6 +160,17 @@ def _globally_seeded(n, seed):
     return torch.randperm(n).tolist()
 
 
+def _seeded_back(n, seed):
+    before = torch.initial_seed()
+    order = _globally_seeded(n, seed)
+    torch.manual_seed(before)
+    return order
+
+
+def _numpy_shuffled(n, seed):
+    return np.random.default_rng(seed).permutation(n).tolist()
+
+
 def _python_shuffled(n, seed):
     order = list(range(n))
     random.Random(seed).shuffle(order)
@@ -174,6 +191,14 @@ _shards_seed_forgotten = _shards_with(seed_of=lambda seed, epoch, rank: epoch)
 _shards_seeded_by_rank = _shards_with(seed_of=lambda seed, epoch, rank: seed + epoch + rank)
 _shards_unseeded = _shards_with(order_of=lambda n, seed: torch.randperm(n).tolist())
 _shards_globally_seeded = _shards_with(order_of=_globally_seeded)
+_shards_seeded_back = _shards_with(order_of=_seeded_back)
+_shards_numpy = _shards_with(order_of=_numpy_shuffled)
+_shards_generator_unseeded = _shards_with(
+    order_of=lambda n, seed: torch.randperm(n, generator=torch.Generator()).tolist()
+)
+_shards_epoch_times_seed = _shards_with(seed_of=lambda seed, epoch, rank: epoch * seed)
+_shards_padded_twice = _shards_with(extended=lambda order, total: (3 * order)[:total])
+_shards_list_of_tensors = _shards_with(shown=lambda indices: [torch.tensor(i) for i in indices])
 _shards_python = _shards_with(order_of=_python_shuffled)
 _shards_blocks = _shards_with(part=_block)
 _shards_everything = _shards_with(part=lambda order, rank, world_size: order)
@@ -320,6 +345,32 @@ SHARD_INDICES = Exercise(
             "the shuffle a generator of its own.",
         ),
         Misconception(
+            "generator_never_seeded",
+            _shards_generator_unseeded,
+            "You make a generator and never seed it: a new torch.Generator always starts from the "
+            "same number, so that neither the seed nor the epoch has any influence on the order.",
+        ),
+        Misconception(
+            "epoch_times_seed",
+            _shards_epoch_times_seed,
+            "You multiply the seed by the epoch. In epoch 0, and with seed 0 in every epoch, that "
+            "is 0 whatever the other is; DistributedSampler combines the two in another way.",
+        ),
+        Misconception(
+            "random_state_seeded_back",
+            _shards_seeded_back,
+            "You seed torch's global generator for the shuffle, and again with the old seed "
+            "afterwards. That sets it back to where the program began, not to where it was: "
+            "training then draws the same numbers over again. Give the shuffle a generator of its "
+            "own.",
+        ),
+        Misconception(
+            "numpy_shuffle",
+            _shards_numpy,
+            "You shuffle with NumPy. That is a shuffle too, but not the one that is asked for: the "
+            "order should be DistributedSampler's, which is torch.randperm's.",
+        ),
+        Misconception(
             "python_shuffle",
             _shards_python,
             "You shuffle with Python's `random`. That is a shuffle too, but not the one that is "
@@ -355,6 +406,12 @@ SHARD_INDICES = Exercise(
             _shards_padded_once,
             "You extend the order by its beginning only once. With fewer samples than missing "
             "places that is not enough: 3 samples on 8 ranks need the order almost three times.",
+        ),
+        Misconception(
+            "padded_twice",
+            _shards_padded_twice,
+            "You extend the order by itself a fixed number of times: three times its length is not "
+            "enough for 1 sample on 8 ranks. How often must follow from n and world_size.",
         ),
         Misconception(
             "padded_from_the_end",
@@ -417,6 +474,12 @@ SHARD_INDICES = Exercise(
             "asked for; a tensor has a method that makes one.",
         ),
         Misconception(
+            "returns_tensors_in_a_list",
+            _shards_list_of_tensors,
+            "You return a list of tensors with one number each: list(tensor) makes that. A list of "
+            "Python's int is asked for, and a tensor has a method that makes one.",
+        ),
+        Misconception(
             "asks_the_process_group",
             _shards_of_group,
             "You ask torch.distributed for the rank and the world size, although both are handed "
@@ -444,16 +507,16 @@ def _observe_all_reduce_mean(all_reduce_mean, see):
         mean = see.call("the mean", _waited(see, all_reduce_mean), tensor)
         see.fact("the mean is a new tensor", mean.data_ptr() != tensor.data_ptr())
         see.call("the mean of another tensor", _waited(see, all_reduce_mean), see.randn(4, 3))
+        columns = see.randn(3, 5)[:, ::2]
+        see.call("the mean of every other column", _waited(see, all_reduce_mean), columns)
+        see.fact("the mean requires no gradient, as the tensor does not", not mean.requires_grad)
     for world_size, shapes in ((2, ((5, 2), ())), (3, ((4,), (2, 3)))):
         if not see.agrees:
             return
         what = " and ".join(map(str, shapes))
-        with see.probe(f"{world_size} processes, each with tensors of shapes {what}"):
+        also = ", then zeros on rank 1" if world_size == 3 else ", then rank 1 calls later"
+        with see.probe(f"{world_size} processes, each with tensors of shapes {what}{also}"):
             on_ranks(see, world_size, _means_of, all_reduce_mean, shapes)
-    if not see.agrees:
-        return
-    with see.probe("2 processes, rank 1 calls later than rank 0"):
-        on_ranks(see, 2, _mean_of_late, all_reduce_mean)
 
 
 def _means_of(all_reduce_mean, see, shapes):
@@ -462,14 +525,14 @@ def _means_of(all_reduce_mean, see, shapes):
     if dist.get_world_size() == 2:  # the mean of two whole numbers is exact
         whole = see.randint(-9, 10, 2, 3, 2)[dist.get_rank()].float()
         see.call("the mean in float32", _waited(see, all_reduce_mean), whole)
-
-
-def _mean_of_late(all_reduce_mean, see):
-    tensor = _mine(see, 6)
-    if _everyone_but(1):
-        see.call("the mean", all_reduce_mean, tensor)
+        tensor = _mine(see, 6)
+        if _everyone_but(1):
+            see.call("the mean, when rank 1 calls later,", all_reduce_mean, tensor)
+        else:
+            all_reduce_mean(tensor)
     else:
-        all_reduce_mean(tensor)
+        some = _mine(see, 4) * (dist.get_rank() != 1)
+        see.call("the mean where rank 1 has zeros", _waited(see, all_reduce_mean), some)
 
 
 def _mean_with(
@@ -516,6 +579,28 @@ _mean_of_rank_zero = _mean_with(
 def _mean_returned_by_collective(tensor):
     total = tensor / dist.get_world_size()
     return dist.all_reduce(total)
+
+
+def _mean_of_what_is_returned(tensor):
+    total = dist.all_reduce(tensor.clone())
+    return total / dist.get_world_size()
+
+
+def _mean_without_zeros(tensor):
+    total = tensor.clone()
+    if total.abs().sum() > 0:
+        dist.all_reduce(total)
+    return total / dist.get_world_size()
+
+
+def _mean_of_a_row(tensor):
+    total = tensor.view(-1).clone()
+    dist.all_reduce(total)
+    return (total / dist.get_world_size()).view(tensor.shape)
+
+
+def _mean_with_gradient(tensor):
+    return reference.all_reduce_mean(tensor).requires_grad_()
 
 
 def _mean_called_by_rank_zero(tensor):
@@ -625,8 +710,8 @@ ALL_REDUCE_MEAN = Exercise(
         Misconception(
             "divided_twice",
             _mean_twice_divided,
-            "You divide twice: ReduceOp.AVG has divided by the number of ranks already, so that "
-            "the result is too small by that factor. One of the two divisions is enough.",
+            "You divide twice, before the sum and after it (ReduceOp.AVG divides too), so that the "
+            "result is too small by the number of ranks. One of the two is enough.",
         ),
         Misconception(
             "divided_by_length_too",  # museum 5.3
@@ -671,12 +756,6 @@ ALL_REDUCE_MEAN = Exercise(
             "with it: every rank returns the same mean.",
         ),
         Misconception(
-            "collective_on_rank_zero",  # museum 5.27
-            _mean_called_by_rank_zero,
-            "You call the collective on rank 0 only. It waits there for the others, who never "
-            "come: a collective is called by every rank of the group, or by none.",
-        ),
-        Misconception(
             "not_waited",  # museum 5.10
             _mean_not_waited,
             "You start an asynchronous all_reduce and read its tensor without waiting. What is in "
@@ -685,8 +764,26 @@ ALL_REDUCE_MEAN = Exercise(
         Misconception(
             "returns_what_the_collective_returns",
             _mean_returned_by_collective,
-            "You return what all_reduce returns, which is None. A collective writes its result "
-            "into the tensor that it was given.",
+            "Your function returns None. all_reduce returns None too: a collective writes its "
+            "result into the tensor that it was given, and that is where you find it.",
+        ),
+        Misconception(
+            "goes_on_with_what_the_collective_returns",
+            _mean_of_what_is_returned,
+            "You go on with what all_reduce returns, which is None. A collective writes its result "
+            "into the tensor that it was given: keep a name for that one.",
+        ),
+        Misconception(
+            "view_of_the_input",
+            _mean_of_a_row,
+            "You make the tensor flat with view(), which fails where its numbers do not lie side "
+            "by side, as in every other column of a matrix. The mean needs no other shape at all.",
+        ),
+        Misconception(
+            "result_requires_gradient",
+            _mean_with_gradient,
+            "Your mean requires a gradient, although the tensor that was handed in does not. What "
+            "is made from it later would be recorded in a graph that nobody asked for.",
         ),
         Misconception(
             "one_tensor_many_times",
@@ -700,6 +797,18 @@ ALL_REDUCE_MEAN = Exercise(
             _mean_as_float32,
             "You return float32 where the tensors are float64. That costs half of the digits: the "
             "result has the dtype of the tensor.",
+        ),
+        Misconception(
+            "collective_on_rank_zero",  # museum 5.27
+            _mean_called_by_rank_zero,
+            "You call the collective on rank 0 only. It waits there for the others, who never "
+            "come: a collective is called by every rank of the group, or by none.",
+        ),
+        Misconception(
+            "zeros_do_not_take_part",
+            _mean_without_zeros,
+            "A rank whose tensor is all zeros does not call the collective, and the others wait "
+            "for it. Whether a collective is called must not depend on a rank's own values.",
         ),
     ),
     alternatives=(
@@ -722,8 +831,10 @@ ALL_REDUCE_MEAN = Exercise(
 
 def _observe_ring_all_reduce(ring_all_reduce, see):
     with see.probe("one process alone, a tensor of shape (2, 3)"), alone():
-        see.call("the sum", _to_nobody(see, ring_all_reduce), see.randn(2, 3))
+        tensor = see.randn(2, 5)[:, ::2]  # whose flatten() is a copy
+        total = see.call("the sum", _to_nobody(see, ring_all_reduce), tensor)
         _no_collective(see)
+        see.fact("the sum is a new tensor", total.data_ptr() != tensor.data_ptr())
     for world_size, shapes in (
         (3, ((3, 2), (7,), (2, 4), (2,))),
         (2, ((4, 2), ())),
@@ -732,12 +843,9 @@ def _observe_ring_all_reduce(ring_all_reduce, see):
         if not see.agrees:
             return
         what = ", ".join(map(str, shapes))
-        with see.probe(f"{world_size} processes, each with a tensor of shape {what}"):
+        also = ", in the end rank 1 calls later" if world_size == 2 else ""
+        with see.probe(f"{world_size} processes, each with a tensor of shape {what}{also}"):
             on_ranks(see, world_size, _rings, ring_all_reduce, shapes)
-    if not see.agrees:
-        return
-    with see.probe("2 processes, rank 1 calls later than rank 0"):
-        on_ranks(see, 2, _ring_late, ring_all_reduce)
 
 
 def _to_nobody(see, ring_all_reduce):
@@ -757,16 +865,27 @@ def _to_nobody(see, ring_all_reduce):
 
 def _no_collective(see, what="", begun=0):
     others = {call.name for call in calls()[begun:]} - {*SENDS, *RECEIVES, "barrier"}
-    see.fact(f"{what}no collective is called, only send, recv, isend and irecv", not others)
+    allowed = "send, recv, isend, irecv and batch_isend_irecv"
+    see.fact(f"{what}no collective is called, only {allowed}", not others)
 
 
 def _rings(ring_all_reduce, see, shapes):
     """Beside the sum only what is asked for: to whom, from whom, how many chunks, how large."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     right, left = (rank + 1) % world_size, (rank - 1) % world_size
-    for shape in shapes:
-        tensor, begun, what = _mine(see, *shape), len(calls()), f"shape {shape}: "
-        see.call(f"the sum, {shape},", _waited(see, ring_all_reduce), tensor)
+    dist.barrier()  # all are connected: a rank that fails early is noticed by its neighbours
+    tensors = {f"{shape}": _mine(see, *shape) for shape in shapes}
+    if world_size == 2:
+        whole = see.randint(-9, 10, 2, 4, 2)
+        tensors["(4, 2), float32"] = whole[rank].float()
+        large = 2**60 + whole + torch.arange(8).view(4, 2)
+        tensors["(4, 2), int64"] = large[rank].clone()
+    for name, tensor in tensors.items():
+        begun, what = len(calls()), f"shape {name}: "
+        total = see.call(f"the sum, {name},", _waited(see, ring_all_reduce), tensor)
+        if tensor.dtype == torch.int64:
+            exact = torch.equal(total, large.sum(dim=0))
+            see.fact(f"{what}every digit of sums beyond 2**60 is right", exact)
         _no_collective(see, what, begun)
         sent = [call for call in calls()[begun:] if call.name in SENDS]
         got = [call for call in calls()[begun:] if call.name in RECEIVES]
@@ -781,14 +900,12 @@ def _rings(ring_all_reduce, see, shapes):
         see.fact(f"{what}no message is longer than {longest} of the {n} numbers", short)
         if n >= world_size:  # else some chunks are empty, which need not be sent
             see(f"{what}the number of chunks that a rank sends", len(sent))
-
-
-def _ring_late(ring_all_reduce, see):
-    tensor = _mine(see, 6)
-    if _everyone_but(1):
-        see.call("the sum", ring_all_reduce, tensor)
-    else:
-        ring_all_reduce(tensor)
+    if world_size == 2:
+        tensor = _mine(see, 6)
+        if _everyone_but(1):
+            see.call("the sum, when rank 1 calls later,", ring_all_reduce, tensor)
+        else:
+            ring_all_reduce(tensor)
 
 
 def _exchanged(outgoing, incoming, right, left):
@@ -844,6 +961,7 @@ def _ring_with(
     exchange=_exchanged,
     early=_added,
     late=_replaced,
+    adds=lambda step, world_size: step < world_size - 1,
     shaped=lambda total, tensor: total.reshape(tensor.shape),
 ):
     """The ring with another cut, direction, schedule, or another use of what arrives."""
@@ -857,7 +975,7 @@ def _ring_with(
             there, here = (p % world_size for p in places(rank, step, world_size))
             incoming = torch.zeros_like(chunks[here])
             exchange(chunks[there], incoming, right, left)
-            (early if step < world_size - 1 else late)(chunks[here], incoming)
+            (early if adds(step, world_size) else late)(chunks[here], incoming)
         return shaped(total, tensor)
 
     return ring_all_reduce
@@ -870,6 +988,12 @@ _ring_one_round = _ring_with(steps=lambda world_size: world_size - 1)
 _ring_one_step_short = _ring_with(steps=lambda world_size: max(0, 2 * world_size - 3))
 _ring_two_steps_more = _ring_with(steps=lambda world_size: 2 * world_size)
 _ring_added_twice = _ring_with(late=_added)
+_ring_adds_once_more = _ring_with(adds=lambda step, world_size: step <= world_size - 1)
+_ring_rest_in_the_last = _ring_with(
+    cut=lambda total, world_size: total.tensor_split(
+        [i * (len(total) // world_size) for i in range(1, world_size)]
+    )
+)
 _ring_never_added = _ring_with(early=_replaced)
 _ring_in_place = _ring_with(flat=lambda tensor: tensor.flatten())
 _ring_flat = _ring_with(shaped=lambda total, tensor: total)
@@ -914,6 +1038,18 @@ def _ring_with_a_neighbour(tensor):
     if world_size > 1:
         _exchanged(tensor.clone(), incoming, (rank + 1) % world_size, (rank - 1) % world_size)
     return tensor + incoming
+
+
+def _ring_not_copied_alone(tensor):
+    return tensor if dist.get_world_size() == 1 else reference.ring_all_reduce(tensor)
+
+
+def _ring_in_float64(tensor):
+    return reference.ring_all_reduce(tensor.double()).to(tensor.dtype)
+
+
+def _ring_in_float32(tensor):
+    return reference.ring_all_reduce(tensor.float()).to(tensor.dtype)
 
 
 def _ring_by_all_reduce(tensor):
@@ -985,12 +1121,6 @@ RING_ALL_REDUCE = Exercise(
     observe=_observe_ring_all_reduce,
     misconceptions=(
         Misconception(
-            "everyone_sends_first",
-            _ring_blocking,
-            "Every rank begins with a blocking send, which ends when the other side receives; and "
-            "nobody gets as far as receiving. One of the two must be started without waiting.",
-        ),
-        Misconception(
             "not_waited",  # museum 5.10
             _ring_not_waited,
             "You start to receive and use the chunk at once. It is there only after wait(); before "
@@ -1026,6 +1156,13 @@ RING_ALL_REDUCE = Exercise(
             _ring_added_twice,
             "You add in the second round too. What arrives there is a complete sum, in which your "
             "own share is already: it takes the place of what you have.",
+        ),
+        Misconception(
+            "adds_once_too_often",
+            _ring_adds_once_more,
+            "You add in world_size steps instead of world_size - 1. What arrives in the last of "
+            "them is a complete sum already, in which your own share is: from there on it "
+            "replaces. Count the steps of the first round from 0.",
         ),
         Misconception(
             "no_sum_goes_round",
@@ -1079,6 +1216,13 @@ RING_ALL_REDUCE = Exercise(
             "values. Where n is not a multiple of world_size, some chunks are longer by one.",
         ),
         Misconception(
+            "rest_in_the_last_chunk",
+            _ring_rest_in_the_last,
+            "You put all that is left over into the last chunk. Each step takes as long as the "
+            "longest message of all ranks: 8 numbers on 3 ranks are 3, 3 and 2, not 2, 2 and 4. "
+            "The lengths may differ by one.",
+        ),
+        Misconception(
             "only_multiples",
             _ring_even_only,
             "You cut into equal chunks, and that fails as soon as the number of elements is not a "
@@ -1106,14 +1250,38 @@ RING_ALL_REDUCE = Exercise(
         Misconception(
             "dist_all_reduce",
             _ring_by_all_reduce,
-            "You call dist.all_reduce. The sum is right, but this exercise is to build it: from "
-            "send and recv (or isend, irecv, batch_isend_irecv) between neighbours.",
+            "You call a collective of torch.distributed. This exercise is to build one yourself: "
+            "from send and recv (or isend, irecv, batch_isend_irecv) between neighbours.",
         ),
         Misconception(
             "everyone_to_everyone",
             _ring_everyone_to_everyone,
             "You send the whole tensor to every other rank. The sum is right, but the traffic "
             "grows with the number of ranks; in a ring a rank speaks to its right neighbour only.",
+        ),
+        Misconception(
+            "not_copied_alone",
+            _ring_not_copied_alone,
+            "With one process you return the caller's tensor itself. The result is a new tensor in "
+            "every world: who writes to it must not change what was handed in.",
+        ),
+        Misconception(
+            "in_float64",
+            _ring_in_float64,
+            "You convert to float64 for the sum. For float32 that doubles every message, and whole "
+            "numbers above 2**53 lose digits: send the tensor in the dtype that it has.",
+        ),
+        Misconception(
+            "in_float32",
+            _ring_in_float32,
+            "You convert to float32 for the sum, which costs a float64 tensor half of its digits. "
+            "Buffers and chunks have the dtype of the tensor.",
+        ),
+        Misconception(
+            "everyone_sends_first",
+            _ring_blocking,
+            "Every rank begins with a blocking send, which ends when the other side receives; and "
+            "nobody gets as far as receiving. One of the two must be started without waiting.",
         ),
     ),
     alternatives=(
@@ -1159,12 +1327,9 @@ def _observe_logged_loss(logged_loss, see):
     for world_size in (2, 3):
         if not see.agrees:
             return
-        with see.probe(f"{world_size} processes, two losses one after the other"):
+        also = "one that is NaN on rank 1" if world_size == 2 else "one that is 0 on rank 1"
+        with see.probe(f"{world_size} processes, two losses one after the other, then {also}"):
             on_ranks(see, world_size, _losses, logged_loss)
-    if not see.agrees:
-        return
-    with see.probe("2 processes, rank 1 calls later than rank 0"):
-        on_ranks(see, 2, _late_loss, logged_loss)
 
 
 def _losses(logged_loss, see):
@@ -1180,14 +1345,16 @@ def _losses(logged_loss, see):
     made = {(call.name, call.peer) for call in calls()}
     elsewhere = {("reduce", rank) for rank in range(1, dist.get_world_size())}
     see.fact("the sum is made on rank 0", not made or not made <= elsewhere)
-
-
-def _late_loss(logged_loss, see):
-    loss = _mine(see)
-    if _everyone_but(1):
-        see.call("what it returns", logged_loss, loss)
-    else:
-        logged_loss(loss)
+    loss = _mine(see).abs()
+    if dist.get_world_size() == 2:
+        if _everyone_but(1):
+            see.call("what it returns when rank 1 calls later", logged_loss, loss)
+        else:
+            logged_loss(loss)
+    # A rank that takes no part in this one must have nothing left to call.
+    odd = torch.nan if dist.get_world_size() == 2 else 0.0
+    loss = _mine(see).abs() * (odd if dist.get_rank() == 1 else -2 * dist.get_rank() + 1)
+    see.call(f"what it returns where the loss of rank 1 is {odd:g}", logged_loss, loss)
 
 
 def _logged_with(
@@ -1234,6 +1401,9 @@ _logged_by_last = _logged_with(
         total.item() / world_size if rank == world_size - 1 else None
     )
 )
+_logged_by_the_others = _logged_with(
+    shown=lambda total, rank, world_size: total.item() / world_size if rank else None
+)
 _logged_tensor = _logged_with(
     shown=lambda total, rank, world_size: total / world_size if rank == 0 else None
 )
@@ -1248,6 +1418,19 @@ _logged_reduced_to_last = _logged_with(
     reduce=lambda total: dist.reduce(total, dist.get_world_size() - 1)
 )
 _logged_not_waited = _logged_with(reduce=lambda total: dist.all_reduce(total, async_op=True))
+
+
+def _logged_if_finite(loss):
+    if not torch.isfinite(loss):
+        return None
+    return reference.logged_loss(loss)
+
+
+def _logged_if_not_zero(loss):
+    total = loss.detach().clone()
+    if total != 0:
+        dist.all_reduce(total)
+    return total.item() / dist.get_world_size() if dist.get_rank() == 0 else None
 
 
 def _logged_by_reduce(loss):
@@ -1305,13 +1488,6 @@ FIX_COLLECTIVE_ON_RANK_ZERO = Exercise(
             "part; only what is done with the result may depend on the rank.",
         ),
         Misconception(
-            "collective_everywhere_else",
-            _logged_without_zero,
-            "Now all ranks but rank 0 call the collective, and wait for rank 0. A collective has "
-            "to be called by every rank of the group: it must not stand under a question for the "
-            "rank at all.",
-        ),
-        Misconception(
             "own_loss",  # museum 5.25
             _logged_own,
             "You return rank 0's own loss. That no longer hangs, but the log shows one shard of "
@@ -1360,6 +1536,12 @@ FIX_COLLECTIVE_ON_RANK_ZERO = Exercise(
             "log.",
         ),
         Misconception(
+            "none_on_rank_zero",
+            _logged_by_the_others,
+            "Rank 0 gets None. Either no number is returned at all, or the question for the rank "
+            "is the wrong way round: it is rank 0 that writes the log (0 counts as False).",
+        ),
+        Misconception(
             "reduced_to_the_last_rank",
             _logged_reduced_to_last,
             "You reduce to another rank than the one that reads the sum. What the tensor holds on "
@@ -1383,6 +1565,26 @@ FIX_COLLECTIVE_ON_RANK_ZERO = Exercise(
             _logged_not_waited,
             "You start an asynchronous all_reduce and read the number without waiting. It may be "
             "this rank's own loss or the sum, whichever was faster.",
+        ),
+        Misconception(
+            "nan_takes_no_part",
+            _logged_if_finite,
+            "A rank whose loss is NaN does not call the collective, and the others wait for it. "
+            "Whether a collective is called must not depend on a rank's own loss; that the mean is "
+            "NaN then is worth a line in the log.",
+        ),
+        Misconception(
+            "collective_everywhere_else",
+            _logged_without_zero,
+            "Now all ranks but rank 0 call the collective, and wait for rank 0. A collective has "
+            "to be called by every rank of the group: it must not stand under a question for the "
+            "rank at all.",
+        ),
+        Misconception(
+            "zero_takes_no_part",
+            _logged_if_not_zero,
+            "A rank whose loss is 0 does not call the collective, and the others wait for it. "
+            "Whether a collective is called must not depend on a rank's own loss.",
         ),
     ),
     alternatives=(
@@ -1453,17 +1655,30 @@ def _observe_broadcast_parameters(broadcast_parameters, see):
 
 def _broadcast(broadcast_parameters, see, *src):
     model = _filled(see, _Model(), dist.get_rank(), dist.get_world_size())
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = see.randn(*parameter.shape)
+    grads = {p: p.grad.clone() for p in model.parameters() if p.requires_grad}
     before = dict(model.named_parameters(remove_duplicate=False))
+    places = [t.data_ptr() for t in (*model.parameters(), *model.buffers())]
     _waited(see, broadcast_parameters)(model, *src)
+    after = dict(model.named_parameters(remove_duplicate=False))
+    same = after.keys() == before.keys() and all(after[n] is before[n] for n in before)
+    see.fact("the parameters are the same objects as before", same)
+    if not same:  # the rest is about those that were there
+        raise _EndProbe
     for name, parameter in model.named_parameters():
         see(f"{name} afterwards", parameter.detach())
     for name, buffer in model.named_buffers():
         see(f"the buffer {name} afterwards", buffer)
-    after = dict(model.named_parameters(remove_duplicate=False))
-    same = after.keys() == before.keys() and all(after[n] is before[n] for n in before)
-    see.fact("the parameters are the same objects as before", same)
+    kept = [t.data_ptr() for t in (*model.parameters(), *model.buffers())] == places
+    see.fact("parameters and buffers lie in the memory where they were", kept)
     see("whether they require a gradient", {n: p.requires_grad for n, p in after.items()})
     see.fact("they are still leaves of the graph", all(p.is_leaf for p in after.values()))
+    kept = all(p.grad is not None and torch.equal(p.grad, grads[p]) for p in grads)
+    see.fact("gradients are left as they were", kept)
+    trains = all(part.training for part in model.modules())
+    see.fact("the module is still in train mode, as it was before", trains)
 
 
 def _broadcast_with(
@@ -1484,6 +1699,8 @@ def _mean_of_floats(tensor, src):
     if tensor.is_floating_point():
         dist.all_reduce(tensor.detach())
         tensor.detach().div_(dist.get_world_size())
+    else:
+        dist.broadcast(tensor, src)
 
 
 def _sum_of_all(tensor, src):
@@ -1595,12 +1812,30 @@ def _broadcast_waited(module, src=0):
 
 
 def _broadcast_by_assignment(module, src=0):
-    for parameter in module.parameters():
-        values = parameter.data.clone()
+    """New memory behind the old parameters."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        values = tensor.data.clone()
         dist.broadcast(values, src)
-        parameter.data = values
-    for buffer in module.buffers():
-        dist.broadcast(buffer, src)
+        tensor.data = values
+
+
+def _broadcast_in_eval(module, src=0):
+    reference.broadcast_parameters(module.eval(), src)
+
+
+def _broadcast_without_gradients(module, src=0):
+    module.zero_grad()
+    reference.broadcast_parameters(module, src)
+
+
+@torch.no_grad()
+def _broadcast_by_messages(module, src=0):
+    for tensor in (*module.parameters(), *module.buffers()):
+        if dist.get_rank() == src:
+            for rank in set(range(dist.get_world_size())) - {src}:
+                dist.send(tensor, rank)
+        else:
+            dist.recv(tensor, src)
 
 
 BROADCAST_PARAMETERS = Exercise(
@@ -1701,16 +1936,35 @@ BROADCAST_PARAMETERS = Exercise(
             "parameter's own setting alone.",
         ),
         Misconception(
-            "collective_on_the_source",  # museum 5.27
-            _broadcast_by_source,
-            "Only rank src calls broadcast. It sends, and the others never receive: each rank "
-            "calls it, the source to send and the others to be written to.",
-        ),
-        Misconception(
             "not_waited",  # museum 5.10
             _broadcast_not_waited,
             "You start asynchronous broadcasts and return before they are done. The first forward "
             "pass may then see old weights: look at what the call returns.",
+        ),
+        Misconception(
+            "new_memory",
+            _broadcast_by_assignment,
+            "You assign to .data, which gives the old parameters new memory. Whatever shares the "
+            "old one (a view, a flat buffer) no longer sees them: write the values where the old "
+            "ones are.",
+        ),
+        Misconception(
+            "eval_mode",
+            _broadcast_in_eval,
+            "You put the module into eval mode and leave it there. Training then goes on without "
+            "dropout, and batch norms no longer learn their statistics; sending needs no mode.",
+        ),
+        Misconception(
+            "gradients_deleted",
+            _broadcast_without_gradients,
+            "You delete the gradients on the way. Values can be sent without touching .grad; when "
+            "to zero gradients is decided by the training loop.",
+        ),
+        Misconception(
+            "collective_on_the_source",  # museum 5.27
+            _broadcast_by_source,
+            "Only rank src calls broadcast. It sends, and the others never receive: each rank "
+            "calls it, the source to send and the others to be written to.",
         ),
     ),
     alternatives=(
@@ -1718,7 +1972,7 @@ BROADCAST_PARAMETERS = Exercise(
         _broadcast_by_object,
         _broadcast_by_sum,
         _broadcast_waited,
-        _broadcast_by_assignment,
+        _broadcast_by_messages,
     ),
     hints=(
         "dist.broadcast(tensor, src) sends on rank src, and writes into the tensor everywhere "
@@ -1759,19 +2013,19 @@ def _graded(see, without=()):
 
 def _observe_average_gradients(average_gradients, see):
     with see.probe("one process alone"), alone():
-        _averaged(average_gradients, see, {})
+        _averaged(average_gradients, see, {0: ("inner.weight",)})
     for world_size, missing, what in (
-        (2, {0: ("first",), 1: ("second",)}, "rank 0 has none for `first`, rank 1 for `second`"),
+        (
+            2,
+            {0: ("first",), 1: ("second",)},
+            "rank 0 has none for `first`, rank 1 for `second`; then rank 1 calls later",
+        ),
         (3, dict.fromkeys(range(3), ("inner.weight",)), "no rank has one for `inner.weight`"),
     ):
         if not see.agrees:
             return
         with see.probe(f"{world_size} processes: first with all gradients, then {what}"):
             on_ranks(see, world_size, _averaged, average_gradients, missing)
-    if not see.agrees:
-        return
-    with see.probe("2 processes, rank 1 calls later than rank 0"):
-        on_ranks(see, 2, _averaged_late, average_gradients)
 
 
 def _averaged(average_gradients, see, missing):
@@ -1783,22 +2037,23 @@ def _averaged(average_gradients, see, missing):
         _waited(see, average_gradients)(model)
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         for name, parameter in sorted(trained, key=lambda pair: pair[0] in without):
-            see(f"gradient of {name}{when}", parameter.grad)
+            if dist.get_world_size() == 1 and name in without:  # that it is there: see below
+                zeros = parameter.grad is None or not parameter.grad.any()
+                see.fact("what takes the place of a missing gradient is zero", zeros)
+            else:
+                see(f"gradient of {name}{when}", parameter.grad)
         see(f"gradient of the frozen parameter{when}", model.frozen.grad)
         see(f"gradient that a frozen parameter had before{when}", model.stale.grad)
         kept = all(map(torch.equal, model.parameters(), values))
         see.fact(f"the parameters themselves are left as they were{when}", kept)
         see.fact(f"something was sent{when}", len(calls()) > begun or dist.get_world_size() == 1)
-
-
-def _averaged_late(average_gradients, see):
-    model = _graded(see)
-    if _everyone_but(1):
+    if dist.get_world_size() == 2:
+        model = _graded(see)
+        others = _everyone_but(1)
         average_gradients(model)
-        see("gradient of first", model.first.grad)
-        see("gradient of inner.bias", model.inner.bias.grad)
-    else:
-        average_gradients(model)
+        if others:
+            see("gradient of first, when rank 1 calls later", model.first.grad)
+            see("gradient of inner.bias, when rank 1 calls later", model.inner.bias.grad)
 
 
 def _summed(gradient):
@@ -1903,6 +2158,21 @@ _gradients_missing_last = _gradients_with(
 )
 _gradients_unchecked = _gradients_with(missing=lambda parameter: None)
 _gradients_of_ones = _gradients_with(missing=torch.ones_like)
+
+
+_gradients_of_float32 = _gradients_with(missing=lambda parameter: torch.zeros(parameter.shape))
+_gradients_named_weight = _gradients_with(
+    parameters=lambda module: [
+        p for name, p in module.named_parameters() if p.requires_grad and "weight" in name
+    ]
+)
+
+
+def _gradients_without_frozen(module):
+    for parameter in module.parameters():
+        if not parameter.requires_grad:
+            parameter.grad = None
+    reference.average_gradients(module)
 
 
 def _gradients_of_those_who_have_one(module):
@@ -2052,12 +2322,6 @@ AVERAGE_GRADIENTS = Exercise(
             "have computed is thrown away: that is training on one shard.",
         ),
         Misconception(
-            "collective_on_rank_zero",  # museum 5.27
-            _gradients_by_rank_zero,
-            "Only rank 0 calls the collective, and waits there for the others, who never come. "
-            "Every rank calls it, for every parameter.",
-        ),
-        Misconception(
             "first_parameter_only",  # museum 5.6
             _gradients_first,
             "You average the gradient of the first parameter and leave all others. The loop has to "
@@ -2068,6 +2332,12 @@ AVERAGE_GRADIENTS = Exercise(
             _gradients_weights,
             "You leave out the parameters with fewer than two axes: biases and gains. Their "
             "gradients differ between the ranks like all others.",
+        ),
+        Misconception(
+            "named_weight_only",
+            _gradients_named_weight,
+            "You average only parameters with `weight` in their name. Biases, and parameters that "
+            "a module calls otherwise, have gradients that differ between the ranks too.",
         ),
         Misconception(
             "own_level_only",
@@ -2087,6 +2357,12 @@ AVERAGE_GRADIENTS = Exercise(
             _gradients_stale_too,
             "You average whatever has a gradient, also of a parameter that is frozen and still "
             "holds one from before. Ask whether the parameter requires a gradient.",
+        ),
+        Misconception(
+            "frozen_deleted",
+            _gradients_without_frozen,
+            "You delete the gradient that a frozen parameter still holds. What does not require a "
+            "gradient is left alone, with whatever it has.",
         ),
         Misconception(
             "missing_skipped",  # museum 5.8
@@ -2115,6 +2391,12 @@ AVERAGE_GRADIENTS = Exercise(
             "no influence on it: its share of the sum is zero.",
         ),
         Misconception(
+            "missing_counts_as_float32",
+            _gradients_of_float32,
+            "You put zeros of torch's default dtype in the place of a missing gradient. A gradient "
+            "has the dtype of its parameter, here float64: make the zeros like the parameter.",
+        ),
+        Misconception(
             "missing_not_counted",
             _gradients_of_those_who_have_one,
             "You divide by the number of ranks that have a gradient. The loss is the mean over all "
@@ -2130,8 +2412,14 @@ AVERAGE_GRADIENTS = Exercise(
         Misconception(
             "not_waited",  # museum 5.10
             _gradients_not_waited,
-            "You start asynchronous all_reduces and divide without waiting for them. Some of the "
-            "sum may come after the division: look at what the calls return.",
+            "You start an asynchronous all_reduce and go on without waiting for it. What the "
+            "gradient holds then depends on who was faster: look at what the call returns.",
+        ),
+        Misconception(
+            "collective_on_rank_zero",  # museum 5.27
+            _gradients_by_rank_zero,
+            "Only rank 0 calls the collective, and waits there for the others, who never come. "
+            "Every rank calls it, for every parameter.",
         ),
     ),
     alternatives=(
@@ -2237,8 +2525,8 @@ class _Net(nn.Module):
                 tensor.copy_(see.randn(*tensor.shape))
         self.at = lambda layer: None
 
-    def forward(self, x, *, factor=1.0):
-        h = torch.tanh(self.first(x)) + self.places  # (5, 4)
+    def forward(self, x, shift=0.0, *, factor=1.0):
+        h = torch.tanh(self.first(x) + shift) + self.places  # (5, 4)
         h1 = torch.tanh(self.twice(h))
         h2 = torch.tanh(self.again(self.frozen(h1) + self.shift))
         for layer, output in (("first", h), ("twice", h1), ("again", h2)):
@@ -2309,6 +2597,8 @@ def _observe_average_in_one_message(average_in_one_message, see):
 
 def _average_list(average_in_one_message, see, shapes):
     gradients = [see.randn(dist.get_world_size(), *shape)[dist.get_rank()] for shape in shapes]
+    if dist.get_rank() == 1:
+        gradients[-1].zero_()  # the other ranks' are not
     given = list(gradients)
     before = len(calls())
     with _late_sums() as wire:
@@ -2320,8 +2610,12 @@ def _average_list(average_in_one_message, see, shapes):
         len(gradients) == len(given)
         and all(one is other for one, other in zip(gradients, given, strict=True)),
     )
-    see.fact("the gradients travel in one message", len(calls()) - before <= 1)
     see.fact("the message is waited for", wire.on_the_way == 0)
+    if dist.get_world_size() > 1:  # with that many, the values have told what they can
+        names = [call.name for call in calls()[before:] if call.name != "barrier"]
+        reduced = sum(name.startswith("all_reduce") for name in names)
+        see("calls of all_reduce beyond the one", max(0, reduced - 1))
+        see("messages of another kind than all_reduce", len(names) - reduced)
 
 
 def average_in_one_message(gradients):
@@ -2430,6 +2724,30 @@ def _one_message_rank_zero(gradients):
         pieces = (flat / dist.get_world_size()).split([gradient.numel() for gradient in gradients])
         for gradient, piece in zip(gradients, pieces, strict=True):
             gradient.copy_(piece.view_as(gradient))
+
+
+def _one_message_gathered(gradients):
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    parts = [torch.empty_like(flat) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, flat)
+    pieces = torch.stack(parts).mean(dim=0).split([gradient.numel() for gradient in gradients])
+    for gradient, piece in zip(gradients, pieces, strict=True):
+        gradient.copy_(piece.view_as(gradient))
+
+
+def _one_message_without_zeros(gradients):
+    reference.average_in_one_message([gradient for gradient in gradients if gradient.any()])
+
+
+def _one_message_that_asks(gradients):
+    """The number of ranks is summed in a message of its own."""
+    ranks = torch.ones(())
+    dist.all_reduce(ranks)
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    pieces = (flat / ranks).split([gradient.numel() for gradient in gradients])
+    for gradient, piece in zip(gradients, pieces, strict=True):
+        gradient.copy_(piece.view_as(gradient))
 
 
 def _one_message_by_place(gradients):
@@ -2577,6 +2895,26 @@ FIX_SUM_FOR_MEAN = Exercise(
             "for one all_reduce of one flat tensor: each message costs the same time to start, "
             "however short it is.",
         ),
+        Misconception(
+            "a_message_to_count_ranks",
+            _one_message_that_asks,
+            "The means are right, and there is one all_reduce more than the one that carries the "
+            "gradients. The group knows how many ranks it has; to ask for that costs no message.",
+        ),
+        Misconception(
+            "gathered",
+            _one_message_gathered,
+            "The means are right, and you gather the gradients of all ranks instead of summing "
+            "them on the way. Each rank then receives and holds world_size times as much; one "
+            "all_reduce gives the sum without that.",
+        ),
+        Misconception(
+            "zeros_left_out",
+            _one_message_without_zeros,
+            "You leave out a gradient that is zero on this rank. On another rank it may not be, "
+            "so that the flat tensors differ in length and nothing fits together; every tensor of "
+            "the list travels, whatever it holds.",
+        ),
     ),
     alternatives=(_one_message_by_place, _one_message_by_average, _one_message_waiting),
     hints=(
@@ -2592,17 +2930,41 @@ FIX_SUM_FOR_MEAN = Exercise(
 # --- prepare_rank -------------------------------------------------------------------------------
 
 
+class _Samples(torch.utils.data.Dataset):
+    """The numbers below n, by a map-style data set that has nothing else, and counts readings."""
+
+    def __init__(self, n):
+        self.n, self.reads = n, 0
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, index):
+        if not 0 <= index < self.n:
+            raise IndexError(index)
+        self.reads += 1
+        return (torch.tensor(index),)
+
+
+def _no_group(group=None):
+    raise ValueError(
+        "Default process group has not been initialized, please make sure to call "
+        "init_process_group."
+    )
+
+
 @contextmanager
-def _as_if(rank, local_rank, world_size):
-    """What a rank of several machines would be told by torchrun and by its process group."""
-    told = {"RANK": rank, "LOCAL_RANK": local_rank, "WORLD_SIZE": world_size}
+def _without_a_group():
+    """What the arguments say is all that there is: no process group, and nothing of torchrun."""
     with (
-        mock.patch.dict(os.environ, {name: str(value) for name, value in told.items()}),
-        mock.patch.object(dist, "get_rank", lambda group=None: rank),
-        mock.patch.object(dist, "get_world_size", lambda group=None: world_size),
-        mock.patch.object(dist, "is_initialized", lambda: True),
+        mock.patch.dict(os.environ),
+        mock.patch.object(dist, "get_rank", _no_group),
+        mock.patch.object(dist, "get_world_size", _no_group),
+        mock.patch.object(dist, "is_initialized", lambda: False),
         mock.patch.object(torch.cuda, "set_device", lambda device: None),
     ):
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+            os.environ.pop(name, None)
         yield
 
 
@@ -2614,17 +2976,20 @@ def _observe_prepare_rank(prepare_rank, see):
         (8, 5, 0, 0, 1, "xpu"),
     ):
         name = f"rank {rank} of {world_size}, local rank {local_rank}, {n} samples in batches of "
-        with (
-            see.probe(f"{name}{batch_size}, {device_type!r}"),
-            _as_if(rank, local_rank, world_size),
-        ):
-            dataset = torch.utils.data.TensorDataset(torch.arange(n))
+        with see.probe(f"{name}{batch_size}, {device_type!r}"), _without_a_group():
+            dataset = _Samples(n)
+            before = torch.get_rng_state()
             device, loader = prepare_rank(
                 dataset, batch_size, rank, local_rank, world_size, device_type
             )
+            same = torch.equal(before, torch.get_rng_state())
+            is_device = isinstance(device, torch.device)
             if device_type == "cpu":  # cpu:1 is the CPU too
                 device = torch.device(device).type
             see("the device", device)
+            see.fact("the device is a torch.device", is_device)
+            see.fact("no sample is read before the loader is used", dataset.reads == 0)
+            see.fact("torch's random generator is left as it is", same)
             first = [batch.tolist() for (batch,) in loader]
             see("the samples of epoch 0, sorted", sorted(sum(first, [])))
             see("the batches of epoch 0", first)
@@ -2748,7 +3113,7 @@ def _prepare_by_name(dataset, batch_size, rank, local_rank, world_size, device_t
     sampler = torch.utils.data.DistributedSampler(
         dataset, world_size, rank, shuffle=True, seed=0, drop_last=False
     )
-    device = device_type if device_type == "cpu" else f"{device_type}:{local_rank}"
+    device = torch.device(device_type if device_type == "cpu" else f"{device_type}:{local_rank}")
     if device_type == "cuda":
         torch.cuda.set_device(device)
     return device, torch.utils.data.DataLoader(
@@ -2764,11 +3129,34 @@ def _prepare_batch_sampler(dataset, batch_size, rank, local_rank, world_size, de
     return [torch.device(device_type, local_rank), loader]
 
 
-def _prepare_from_group(dataset, batch_size, *ranks, device_type="cuda"):
-    *_, device_type = (device_type, *ranks[3:])
-    sampler = torch.utils.data.DistributedSampler(dataset)
-    device = _device(device_type, int(os.environ["LOCAL_RANK"]))
-    return device, torch.utils.data.DataLoader(dataset, batch_size, sampler=sampler)
+def _prepare_by_length(dataset, batch_size, rank, local_rank, world_size, device_type="cuda"):
+    numbers = range(len(dataset))
+    sampler = torch.utils.data.DistributedSampler(numbers, rank=rank, num_replicas=world_size)
+    parts = [device_type] if device_type == "cpu" else [device_type, str(local_rank)]
+    loader = torch.utils.data.DataLoader(
+        dataset, batch_size, sampler=sampler, generator=torch.Generator().manual_seed(0)
+    )
+    return torch.device(":".join(parts)), loader
+
+
+_prepare_from_group = _prepare_with(
+    sampler=lambda dataset, rank, local_rank, world_size: torch.utils.data.DistributedSampler(
+        dataset
+    )
+)
+_prepare_device_text = _prepare_with(
+    device=lambda rank, local_rank, kind: str(_device(kind, local_rank))
+)
+
+
+def _prepare_read(dataset, batch_size, rank, local_rank, world_size, device_type="cuda"):
+    samples = list(dataset)
+    return reference.prepare_rank(samples, batch_size, rank, local_rank, world_size, device_type)
+
+
+def _prepare_seeded(dataset, batch_size, rank, local_rank, world_size, device_type="cuda"):
+    torch.manual_seed(0)
+    return reference.prepare_rank(dataset, batch_size, rank, local_rank, world_size, device_type)
 
 
 FIX_SAME_DEVICE_AND_DATA = Exercise(
@@ -2890,8 +3278,34 @@ FIX_SAME_DEVICE_AND_DATA = Exercise(
             "You return the loader first and then the device. The caller unpacks them as "
             "(device, loader).",
         ),
+        Misconception(
+            "asks_the_group",
+            _prepare_from_group,
+            "You have the process group asked for the rank or the number of ranks, and there need "
+            "not be one when this function is called. Both are among its arguments; a sampler that "
+            "is not told them asks the group.",
+        ),
+        Misconception(
+            "device_as_text",
+            _prepare_device_text,
+            "You return the name of the device, a string. It has the right number, and the caller "
+            "expects a torch.device, which has a `.type` and an `.index`.",
+        ),
+        Misconception(
+            "reads_everything",
+            _prepare_read,
+            "You read all samples before the loader is made. Every rank then holds the whole data "
+            "set in memory; a loader reads those of its own part, batch by batch.",
+        ),
+        Misconception(
+            "seeds_everything",
+            _prepare_seeded,
+            "You set the seed of torch's own generator. What the ranks draw after that, dropout "
+            "masks for one, is then the same on all of them; the sampler has a generator of its "
+            "own, with a seed of its own.",
+        ),
     ),
-    alternatives=(_prepare_by_name, _prepare_batch_sampler, _prepare_from_group),
+    alternatives=(_prepare_by_name, _prepare_batch_sampler, _prepare_by_length),
     hints=(
         "Call it for two different ranks and compare what you get. Which arguments does the cell "
         "never use?",
@@ -2926,7 +3340,11 @@ def _shard_of(shard_loss, see, sizes, classes, folder=None):
     logits = 2 * see.randn(sum(sizes), classes)
     targets = see.randint(0, classes, sum(sizes))[start : start + sizes[rank]]
     logits = logits[start : start + sizes[rank]].clone().requires_grad_()
-    loss = shard_loss(logits, targets)
+    kept = logits.detach().clone(), targets.clone()
+    with _late_sums():
+        loss = shard_loss(logits, targets)
+    same = torch.equal(kept[0], logits.detach()) and torch.equal(kept[1], targets)
+    see.fact("the logits and targets are left as they are", same)
     kind = type(loss).__name__
     if isinstance(loss, torch.Tensor):
         kind = f"tensor of shape {tuple(loss.shape)}"
@@ -3029,11 +3447,50 @@ def _shard_without_the_empty(logits, targets):
     return reference.shard_loss(logits, targets)
 
 
+def _shard_without_waiting(logits, targets):
+    count = torch.tensor(len(targets))
+    dist.all_reduce(count, async_op=True)
+    total = F.cross_entropy(logits, targets, reduction="sum")
+    return total * dist.get_world_size() / count
+
+
+def _shard_in_place(logits, targets):
+    logits.data.sub_(logits.data.mean())
+    return reference.shard_loss(logits, targets)
+
+
 def _shard_zero_without_graph(logits, targets):
     n = _count(len(targets))
     if len(targets) == 0:
         return torch.zeros((), dtype=logits.dtype, requires_grad=True)
     return F.cross_entropy(logits, targets, reduction="sum") * dist.get_world_size() / n
+
+
+def _shard_by_share(logits, targets):
+    """A share of float32, which has seven digits, and no early return before the count."""
+    total = torch.tensor(float(len(targets)))
+    dist.all_reduce(total)
+    if len(targets) == 0:
+        return logits.sum() * 0
+    return F.cross_entropy(logits, targets) * (len(targets) * dist.get_world_size() / total)
+
+
+def _shard_by_scale(logits, targets):
+    total = torch.tensor(len(targets))
+    dist.all_reduce(total)
+    return F.cross_entropy(logits, targets, reduction="sum") * (dist.get_world_size() / total)
+
+
+def _shard_by_samples_a_rank(logits, targets):
+    total = torch.tensor([len(targets)])
+    dist.all_reduce(total)
+    mean = total / dist.get_world_size()
+    return (F.cross_entropy(logits, targets, reduction="sum") / mean).squeeze()
+
+
+def _shard_by_mean_count(logits, targets):
+    count = reference.all_reduce_mean(torch.tensor(float(len(logits))))
+    return F.cross_entropy(logits, targets, reduction="sum") / count
 
 
 def _shard_by_gather(logits, targets):
@@ -3194,8 +3651,28 @@ FIX_MEAN_OF_SHARD_MEANS = Exercise(
             "No gradient gets to the model there, its hooks do not run, and the other ranks wait "
             "for them; a sum over no samples is a zero that keeps the graph.",
         ),
+        Misconception(
+            "count_not_waited_for",  # museum 5.10
+            _shard_without_waiting,
+            "You start the sum of the counts and go on without waiting for it. What you divide by "
+            "is this rank's own count, or the sum, as the network pleases; wait for the work that "
+            "an asynchronous call returns.",
+        ),
+        Misconception(
+            "changes_the_logits",
+            _shard_in_place,
+            "The loss is right, and you write into the logits that you are handed. Whoever counts "
+            "right answers with them afterwards, or logs them, finds other values; work on a new "
+            "tensor.",
+        ),
     ),
+    rtol=1e-6,  # a count may be divided in float32
+    atol=1e-6,
     alternatives=(
+        _shard_by_share,
+        _shard_by_scale,
+        _shard_by_samples_a_rank,
+        _shard_by_mean_count,
         _shard_by_gather,
         _shard_by_average_count,
         _shard_shown_as_mean,
@@ -3241,14 +3718,20 @@ def _train_naively(naive_ddp, see, folder=None):
     _see_start(see, net)
     kept = [parameter.detach().clone() for parameter in net.parameters()]
     with _late_sums() as wire:
-        for when in ("backward", "a second backward, nothing zeroed"):
+        passes = ("backward", "a second backward, nothing zeroed", "a backward in eval mode")
+        for when in passes if dist.get_world_size() == 3 else passes[:2]:
             x, upstream = _batch(see)
-            out = ddp(x, factor=1.5)
+            if "eval" in when:  # and every gradient of rank 1 is zero
+                net.zero_grad()
+                getattr(ddp, "eval", net.eval)()
+                upstream = upstream * (dist.get_rank() != 1)
+            out = ddp(x, 0.5, factor=1.5)
             see(f"the output before {when}", out)
             messages = _backward_with_notes(net, out, upstream)
             _see_gradients(see, net, when)
             see.fact(f"{when} leaves the parameters as they are", _same(kept, net.parameters()))
-            see.fact(f"{when} sends one message per parameter", messages["in all"] <= 6)
+            further = max(0, messages["in all"] - 6)
+            see(f"messages of {when} beyond one for each parameter", further)
             if dist.get_world_size() > 1:
                 see.fact(f"the last layer's gradients are sent during {when}", messages["early"])
             see.fact(f"what {when} sends is waited for", wire.on_the_way == 0)
@@ -3503,6 +3986,51 @@ class _NaiveRankZero(_Naive):
 class _NaiveWithoutKeywords(_Naive):
     def forward(self, x):
         return self.module(x)
+
+
+class _NaiveKeywordsDropped(_Naive):
+    def forward(self, *args, **kwargs):
+        return self.module(*args)
+
+
+class _NaiveFirstArgument(_Naive):
+    def forward(self, *args, **kwargs):
+        return self.module(args[0], **kwargs)
+
+
+class _NaiveInTraining(_Naive):
+    def average(self, parameter):
+        if self.training:
+            super().average(parameter)
+
+
+class _NaiveSkipsZeros(_Naive):
+    def average(self, parameter):
+        if parameter.grad.any():
+            super().average(parameter)
+
+
+class _NaiveOfRankZero(_Naive):
+    def average(self, parameter):
+        dist.broadcast(parameter.grad, 0)
+
+
+class _NaiveOnce(_Naive):
+    """Each parameter is averaged in the first backward only."""
+
+    def average(self, parameter):
+        self.done = getattr(self, "done", set())
+        if parameter not in self.done:
+            self.done.add(parameter)
+            super().average(parameter)
+
+
+class _NaiveAsksForRanks(_Naive):
+    def average(self, parameter):
+        ranks = torch.ones(())
+        dist.all_reduce(ranks)
+        dist.all_reduce(parameter.grad)
+        parameter.grad /= ranks
 
 
 class _NaiveByTensorHook(nn.Module):
@@ -3762,16 +4290,59 @@ NAIVE_DDP = Exercise(
             "others.",
         ),
         Misconception(
+            "without_keywords",
+            _NaiveWithoutKeywords,
+            "Your forward takes no keywords. The module may be called with several arguments, and "
+            "with keywords, and all of them are to be handed on.",
+        ),
+        Misconception(
+            "keywords_dropped",
+            _NaiveKeywordsDropped,
+            "Your forward accepts keywords and does not hand them on to the module, which then "
+            "computes with its defaults and raises no error.",
+        ),
+        Misconception(
+            "first_argument_only",
+            _NaiveFirstArgument,
+            "Your forward hands on the first of its arguments only. The module may be called with "
+            "several, and those that it has defaults for are lost without an error.",
+        ),
+        Misconception(
+            "only_in_training_mode",
+            _NaiveInTraining,
+            "In eval mode your hooks average nothing. The mode changes what layers like dropout "
+            "compute; whether there are gradients to average is settled by backward, which can run "
+            "in either mode.",
+        ),
+        Misconception(
+            "rank_zero_gradient",
+            _NaiveOfRankZero,
+            "You give every rank the gradient of rank 0. The ranks agree, and the samples of all "
+            "the others are thrown away.",
+        ),
+        Misconception(
+            "first_backward_only",
+            _NaiveOnce,
+            "The first backward is right, and no later one is: each gradient is averaged once and "
+            "then never again. A hook should do its work in every backward pass.",
+        ),
+        Misconception(
+            "two_messages_each",
+            _NaiveAsksForRanks,
+            "The gradients are right, and you send two messages for each parameter. One carries "
+            "the gradient; what the other brings can be had without a message.",
+        ),
+        Misconception(
+            "zero_gradient_not_sent",  # museum 5.27
+            _NaiveSkipsZeros,
+            "Your hook sends nothing where the gradient is zero. On another rank it may not be, "
+            "and that rank waits without end: a collective is called by all ranks or by none.",
+        ),
+        Misconception(
             "rank_zero_only",  # museum 5.27
             _NaiveRankZero,
             "Only rank 0 calls all_reduce, and waits for the others without end. A collective is "
             "called by all ranks or by none.",
-        ),
-        Misconception(
-            "without_keywords",
-            _NaiveWithoutKeywords,
-            "Your forward takes one argument. The module may be called with several, and with "
-            "keywords, and all of them are to be handed on.",
         ),
     ),
     alternatives=(_NaiveByTensorHook, _NaiveByNode, _naive_with_late_waits),
@@ -3797,7 +4368,7 @@ def _observe_hook_gradients(hook_gradients, see):
     if not see.agrees:
         return
     for world_size in (2, 3):
-        with see.probe(f"{world_size} processes, each with weights of its own"):
+        with see.probe(f"{world_size} processes, each with gradients of its own"):
             with _on_ranks_that_tell(see, world_size, _hooked, hook_gradients) as told:
                 see.fact("the ranks communicate during backward", _communicated(told))
         if not see.agrees:
@@ -3892,6 +4463,22 @@ def _average_without_waiting(parameter):
     parameter.grad /= dist.get_world_size()
 
 
+def _average_sum_only(parameter):
+    dist.all_reduce(parameter.grad)
+    parameter.data /= dist.get_world_size()
+
+
+def _average_division_only(parameter):
+    dist.all_reduce(parameter.data)
+    parameter.grad /= dist.get_world_size()
+
+
+_hook_sum_repaired = _hooking(_average_sum_only)
+_hook_division_repaired = _hooking(_average_division_only)
+_hook_matrices = _hooking(
+    lambda parameter: _mean_into(parameter.grad),
+    lambda module: [p for p in module.parameters() if p.requires_grad and p.ndim > 1],
+)
 _hook_parameter = _hooking(lambda parameter: _mean_into(parameter.data))
 _hook_parameter_sum = _hooking(_sum_parameter)
 _hook_both = _hooking(_average_both)
@@ -4141,8 +4728,27 @@ FIX_HOOK_REDUCES_PARAMETER = Exercise(
         Misconception(
             "works_once",
             _hook_once,
-            "Your hooks work for one backward pass and are then removed. The gradients of every "
-            "later pass stay on their own rank.",
+            "Your hooks do their work in one backward pass only. The gradients of every later pass "
+            "stay on their own rank.",
+        ),
+        Misconception(
+            "sum_repaired_only",
+            _hook_sum_repaired,
+            "You repaired half of the hook: the gradients are summed over the ranks, and the "
+            "division still goes to the parameters, which shrink with every backward pass. Sum and "
+            "division belong to one tensor.",
+        ),
+        Misconception(
+            "division_repaired_only",
+            _hook_division_repaired,
+            "You repaired half of the hook: each rank's own gradient is divided, and it is still "
+            "the parameters that are summed over the ranks. Sum and division belong to one tensor.",
+        ),
+        Misconception(
+            "matrices_only",
+            _hook_matrices,
+            "You average the gradients of matrices and leave out those of vectors, the biases. "
+            "Each rank's biases then go their own way.",
         ),
     ),
     alternatives=(_hook_by_tensor, _hook_by_gather, _hook_by_node),
@@ -4157,6 +4763,19 @@ FIX_HOOK_REDUCES_PARAMETER = Exercise(
 )
 
 # --- BucketedDDP --------------------------------------------------------------------------------
+
+
+class _Small(nn.Module):
+    """float32, with a parameter that is one number; returns two tensors."""
+
+    def __init__(self, see):
+        super().__init__()
+        for name, shape in (("weight", (3, 2)), ("bias", (2,)), ("gain", ())):
+            setattr(self, name, nn.Parameter(see.randn(*shape, dtype=torch.float32)))
+
+    def forward(self, x):
+        hidden = torch.tanh(x @ self.weight + self.bias)  # (5, 2)
+        return self.gain * hidden, hidden
 
 
 class _Branches(nn.Module):
@@ -4184,6 +4803,12 @@ def _observe_bucketed_ddp(bucketed_ddp, see):
         _use_branches(bucketed_ddp, see, (("abc",), ("bca",), ("ca",), ("b",)))
     with see.probe("one process alone, three backward passes of which two in no_sync"), alone():
         _accumulate_in_buckets(bucketed_ddp, see)
+    with see.probe("one process alone, a parameter that step 2 uses first"), alone():
+        _use_branches(bucketed_ddp, see, (("b",), ("acb",)), 96)
+    with see.probe("one process alone, a parameter used inside no_sync only"), alone():
+        _use_in_no_sync(bucketed_ddp, see)
+    with see.probe("one process alone, float32 parameters, one of them a number"), alone():
+        _use_small(bucketed_ddp, see)
     if not see.agrees:
         return
     with see.probe("2 processes that start from other weights"):
@@ -4216,7 +4841,8 @@ def _step_in_buckets(bucketed_ddp, see, bucket_bytes, folder=None):
         for step in ("step 1", "step 2"):
             net.zero_grad()
             x, upstream = _batch(see)
-            out = ddp(x, factor=1.5)
+            begin = len(calls())
+            out = ddp(x, 0.5, factor=1.5)
             see(f"the output of {step}", out)
             start, sent = len(calls()), {}
             net.at = lambda layer, start=start, sent=sent: sent.update({layer: _messages(start)})
@@ -4242,12 +4868,57 @@ def _step_in_buckets(bucketed_ddp, see, bucket_bytes, folder=None):
             )
             see.fact(f"backward of {step} waits for no message", wire.waits == 0)
             see.fact(f"rank 0 comes through backward of {step} without the others", free)
+            names = [c.name for c in calls()[begin:] if c.name not in ("all_reduce", "barrier")]
+            see(f"messages of {step} that are no buckets", len(names))
 
 
-def _use_branches(bucketed_ddp, see, uses):
+def _use_in_no_sync(bucketed_ddp, see):
+    net = _Branches(see)
+    ddp = bucketed_ddp(net, 96)
+    with _late_sums():
+        x, upstream = _batch(see)
+        with ddp.no_sync():
+            ddp(x, "ab").backward(upstream)
+        x, upstream = _batch(see)
+        ddp(x, "a").backward(upstream)
+        ddp.finish()
+        _see_gradients(see, net, "a pass with a and b inside no_sync and one with a only")
+
+
+def _use_small(bucketed_ddp, see):
+    net, other = _Small(see), _Small(see)
+    ddp, other_ddp = bucketed_ddp(net, 12), bucketed_ddp(other, 12)
+    x = see.randn(5, 3, dtype=torch.float32)
+    upstream = see.randn(5, 2, dtype=torch.float32)
+    with _late_sums():
+        start, out = len(calls()), ddp(x)
+        see("the outputs", out)
+        out[0].backward(upstream)
+        ddp.finish()
+        _see_gradients(see, net, "a step")
+        see("bytes of the messages, in order", [call.bytes for call in _messages(start)])
+        net.zero_grad()
+        getattr(ddp, "eval", net.eval)()
+        start = len(calls())
+        ddp(x)[0].backward(upstream)
+        see("messages sent by backward in eval mode", len(_messages(start)))
+        with torch.no_grad():
+            ddp(x)
+        ddp.finish()
+        see("messages with a forward between backward and finish()", len(_messages(start)))
+        _see_gradients(see, net, "a step with a forward between backward and finish()")
+        with ddp.no_sync():
+            start = len(calls())
+            other_ddp(x)[0].backward(upstream)
+            sent = len(_messages(start))
+        see("messages of another net's backward inside no_sync of this one", sent)
+        other_ddp.finish()
+
+
+def _use_branches(bucketed_ddp, see, uses, bucket_bytes=48):
     net = _Branches(see)
     rank = dist.get_rank()
-    ddp = bucketed_ddp(net, 48)
+    ddp = bucketed_ddp(net, bucket_bytes)
     with _late_sums():
         for step, orders in enumerate(uses, 1):
             net.zero_grad()
@@ -4285,11 +4956,13 @@ def _accumulate_in_buckets(bucketed_ddp, see):
         see("messages sent by the backward pass after no_sync", sent)
         see("messages sent in all", len(_messages(start)))
         net.zero_grad()
+        comes_out = False
         try:
             with ddp.no_sync():
                 raise _Interrupted
         except _Interrupted:
-            pass
+            comes_out = True
+        see.fact("an exception inside no_sync comes out of it", comes_out)
         start = len(calls())
         x, upstream = _batch(see)
         ddp(x).backward(upstream)
@@ -4754,6 +5427,162 @@ class _BucketedRankZero(_Bucketed):
             parameter.grad = torch.zeros_like(parameter)
 
 
+class _BucketedFromLastRank(_Bucketed):
+    def start(self):
+        for tensor in super().start():
+            dist.broadcast(tensor.detach(), dist.get_world_size() - 1)
+        return []
+
+
+class _BucketedEightBytes(_Bucketed):
+    def size(self, parameter):
+        return 8 * parameter.numel()
+
+
+class _BucketedInDouble(_Bucketed):
+    def gradient(self, parameter):
+        return super().gradient(parameter).double()
+
+    def store(self, parameter, mean):
+        parameter.grad = mean.to(parameter.dtype)
+
+
+class _BucketedForgetsUnused(_Bucketed):
+    """Zeros for what the last backward did not bring, though earlier ones may have."""
+
+    def gradient(self, parameter):
+        return parameter.grad if parameter in self.there else torch.zeros_like(parameter)
+
+
+class _BucketedEmptiesIncomplete(_Bucketed):
+    """Zeros for all of a bucket that is not complete."""
+
+    def send_the_rest(self):
+        for bucket in self.buckets[len(self.sent) :]:
+            if not self.ready(bucket):
+                for parameter in bucket:
+                    parameter.grad = None
+            self.send(bucket)
+
+
+class _BucketedEverArrived(_Bucketed):
+    """A bucket waits for those of its parameters that have had a gradient before."""
+
+    def begin(self):
+        self.known = getattr(self, "known", set()) | getattr(self, "there", set())
+        super().begin()
+
+    def ready(self, bucket):
+        return self.there.issuperset(p for p in bucket if p in self.known or not self.known)
+
+
+class _BucketedSwallows(_Bucketed):
+    @contextmanager
+    def no_sync(self):
+        self.synchronise = False
+        try:
+            yield
+        except Exception:
+            pass
+        finally:
+            self.synchronise = True
+
+
+class _BucketedWithoutNumbers(_Bucketed):
+    def trained(self):
+        return [parameter for parameter in super().trained() if parameter.ndim > 0]
+
+
+class _BucketedInTraining(_Bucketed):
+    def arrived(self, parameter):
+        if self.training:
+            super().arrived(parameter)
+
+
+class _BucketedBeginsInForward(_Bucketed):
+    def forward(self, *args, **kwargs):
+        super().begin()
+        return super().forward(*args, **kwargs)
+
+
+class _BucketedFirstOutput(_Bucketed):
+    def forward(self, *args, **kwargs):
+        out = super().forward(*args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+
+class _BucketedOneSwitch(_Bucketed):
+    """The switch of no_sync belongs to the class."""
+
+    on = True
+
+    def arrived(self, parameter):
+        if _BucketedOneSwitch.on:
+            super().arrived(parameter)
+
+    @contextmanager
+    def no_sync(self):
+        _BucketedOneSwitch.on = False
+        try:
+            yield
+        finally:
+            _BucketedOneSwitch.on = True
+
+
+class _BucketedSendsBuffers(_Bucketed):
+    def forward(self, *args, **kwargs):
+        for buffer in self.module.buffers():
+            dist.broadcast(buffer, 0)
+        return super().forward(*args, **kwargs)
+
+
+class _BucketedSendsParameters(_Bucketed):
+    def finish(self):
+        super().finish()
+        for parameter in self.module.parameters():
+            dist.broadcast(parameter.detach(), 0)
+
+
+class _BucketedKeywordsDropped(_Bucketed):
+    def forward(self, *args, **kwargs):
+        return self.module(*args)
+
+
+class _BucketedFirstArgument(_Bucketed):
+    def forward(self, *args, **kwargs):
+        return self.module(args[0], **kwargs)
+
+
+class _BucketedOneAtATime(_Bucketed):
+    """A hook sends one bucket at most."""
+
+    def send_what_is_ready(self):
+        if len(self.sent) < len(self.buckets) and self.ready(self.buckets[len(self.sent)]):
+            self.send(self.buckets[len(self.sent)])
+
+
+class _BucketedWaitsForPrevious(_Bucketed):
+    def send(self, bucket):
+        if self.sent:
+            self.sent[-1][2].wait()
+        super().send(bucket)
+
+
+class _BucketedCountsInNoSync(_Bucketed):
+    """Counts down inside no_sync too, beyond zero."""
+
+    def begin(self):
+        self.sent, self.left = [], [len(bucket) for bucket in self.buckets]
+
+    def arrived(self, parameter):
+        for number, bucket in enumerate(self.buckets):
+            self.left[number] -= sum(parameter is other for other in bucket)
+        while self.synchronise and len(self.sent) < len(self.buckets):
+            if self.left[len(self.sent)] != 0:
+                break
+            self.send(self.buckets[len(self.sent)])
+
+
 class _BucketedViews(nn.Module):
     """Flat tensors kept between steps, of which the gradients become parts."""
 
@@ -5122,8 +5951,9 @@ BUCKETED_DDP = Exercise(
         Misconception(
             "one_bucket",
             _BucketedOne,
-            "All gradients are in one bucket, whatever `bucket_bytes` says. It is complete only "
-            "when backward is over, so that nothing overlaps.",
+            "All gradients of this net travel in one bucket, also where `bucket_bytes` is much "
+            "smaller than they are. It is complete only when backward is over, so that nothing "
+            "overlaps.",
         ),
         Misconception(
             "one_bucket_each",
@@ -5226,8 +6056,9 @@ BUCKETED_DDP = Exercise(
         Misconception(
             "none_stays_none",
             _BucketedSkipsNone,
-            "Where this rank had no gradient for a parameter, it has none afterwards, while other "
-            "ranks have the mean. Their steps differ then; the mean goes to all ranks.",
+            "A parameter without a gradient has none after `finish()` either. It counts as zeros, "
+            "and another rank may have a gradient for it: the mean goes to all ranks, so that all "
+            "take the same step.",
         ),
         Misconception(
             "none_left_out",
@@ -5297,7 +6128,129 @@ BUCKETED_DDP = Exercise(
         Misconception(
             "without_keywords",
             _BucketedWithoutKeywords,
-            "Your forward does not hand keywords on. The module may be called with any arguments.",
+            "Your forward takes no keywords. The module may be called with any arguments.",
+        ),
+        Misconception(
+            "keywords_dropped",
+            _BucketedKeywordsDropped,
+            "Your forward accepts keywords and does not hand them on to the module, which then "
+            "computes with its defaults and raises no error.",
+        ),
+        Misconception(
+            "first_argument_only",
+            _BucketedFirstArgument,
+            "Your forward hands on the first of its arguments only. The module may be called with "
+            "several, and those that it has defaults for are lost without an error.",
+        ),
+        Misconception(
+            "first_output_only",
+            _BucketedFirstOutput,
+            "Your forward returns the first of the module's outputs only. Whatever the module "
+            "returns, a tuple too, is to be handed back as it is.",
+        ),
+        Misconception(
+            "from_the_last_rank",
+            _BucketedFromLastRank,
+            "All ranks start alike, from the weights of the last rank. They should be rank 0's, "
+            "which is the one that loads a checkpoint.",
+        ),
+        Misconception(
+            "buffers_in_every_forward",
+            _BucketedSendsBuffers,
+            "Your forward sends the buffers each time. That is a message a buffer in every step, "
+            "which all ranks wait for; here they are sent once, at the start.",
+        ),
+        Misconception(
+            "parameters_in_every_finish",
+            _BucketedSendsParameters,
+            "`finish()` sends all parameters as well. They are the same on all ranks already, "
+            "since all take the same steps from one start, and this doubles the traffic and more; "
+            "only the buckets have to travel.",
+        ),
+        Misconception(
+            "eight_bytes",
+            _BucketedEightBytes,
+            "You reckon 8 bytes for every element. That is right for float64; a float32 has 4, "
+            "and your buckets hold half of what they could. A tensor can be asked for its "
+            "element_size().",
+        ),
+        Misconception(
+            "sent_in_double",
+            _BucketedInDouble,
+            "You send float32 gradients as float64. That is twice the bytes and no more digits; a "
+            "bucket should have the dtype of its gradients.",
+        ),
+        Misconception(
+            "numbers_left_out",
+            _BucketedWithoutNumbers,
+            "A parameter that is a single number, of no dimensions, is in none of your buckets. "
+            "Its gradient stays on its own rank, and the ranks' weights drift apart.",
+        ),
+        Misconception(
+            "zeros_for_what_came_earlier",
+            _BucketedForgetsUnused,
+            "You send zeros for every parameter that the last backward did not use. It may have "
+            "a gradient from an earlier pass inside `no_sync()`, which is lost; what counts is "
+            "what is in `.grad`.",
+        ),
+        Misconception(
+            "zeros_for_incomplete_buckets",
+            _BucketedEmptiesIncomplete,
+            "Where a bucket is incomplete after backward, you drop all gradients in it. Some of "
+            "them are there, from this pass or from one inside `no_sync()`; only a gradient that "
+            "is None counts as zeros.",
+        ),
+        Misconception(
+            "waits_for_what_came_before",
+            _BucketedEverArrived,
+            "A bucket of yours waits only for parameters that have had a gradient in an earlier "
+            "step. One that is used for the first time later comes when its bucket has gone; the "
+            "list of what is awaited is the same in every step.",
+        ),
+        Misconception(
+            "only_in_training_mode",
+            _BucketedInTraining,
+            "In eval mode nothing is sent while backward computes. The mode changes what layers "
+            "like dropout compute; only `no_sync()` says that nothing is to be sent.",
+        ),
+        Misconception(
+            "forgotten_in_forward",
+            _BucketedBeginsInForward,
+            "Forward puts everything back to the beginning. A forward between backward and "
+            "`finish()`, to compute a metric, then makes `finish()` send buckets that have been "
+            "sent already; it is `finish()` that ends a step.",
+        ),
+        Misconception(
+            "one_switch_for_all",
+            _BucketedOneSwitch,
+            "`no_sync()` of one wrapper switches off all others too. Two nets may be trained side "
+            "by side; the switch should belong to the object and not to its class.",
+        ),
+        Misconception(
+            "swallows_exceptions",
+            _BucketedSwallows,
+            "An exception inside `no_sync()` disappears there: the code after the block goes on as "
+            "if nothing had happened. Put the switch back and let the exception pass.",
+        ),
+        Misconception(
+            "one_bucket_a_hook",
+            _BucketedOneAtATime,
+            "A hook of yours sends one bucket at most. Where several have been waiting for the one "
+            "before them, all of them can go at once; look at what is asked once and should be "
+            "asked until it is no longer so.",
+        ),
+        Misconception(
+            "waits_for_the_previous",
+            _BucketedWaitsForPrevious,
+            "The gradients are right, and before a bucket is sent you wait for the one before it, "
+            "while backward stands still. The order in which they are sent is enough; keep the "
+            "works and wait for them in `finish()`.",
+        ),
+        Misconception(
+            "counted_inside_no_sync",
+            _BucketedCountsInNoSync,
+            "Inside `no_sync()` you count the gradients that arrive, and send nothing. The count "
+            "is off in the backward pass after it, so that no bucket goes before `finish()`.",
         ),
     ),
     alternatives=(_BucketedViews, _BucketedFutures, _bucketed_by_closure, _BucketedCounting),
@@ -5404,8 +6357,8 @@ def _accumulated(accumulate_shards, see, micro_batches, earlier=False):
         for parameter in module.parameters():
             parameter.grad = see.randn(*parameter.shape)
     own = [(x[i, rank], y[i, rank]) for i in range(micro_batches)]
-    before = len(calls())
-    accumulate_shards(ddp, own, F.cross_entropy)
+    before, given = len(calls()), list(own)
+    accumulate_shards(ddp, given, F.cross_entropy)
     moved = sum(call.bytes > 8 for call in calls()[before:])
     for name, parameter in module.named_parameters():
         see(f"the gradient of {name}", parameter.grad)
@@ -5413,9 +6366,28 @@ def _accumulated(accumulate_shards, see, micro_batches, earlier=False):
     see("how often the gradients travelled", times)
     if times != 1:  # a right answer never comes here: why not
         see("forward passes through ddp", len(through))
-        see("no_sync() was on when backward ran", str(in_force))
+        if through:
+            see("no_sync() was on when backward ran", str(in_force))
     see("how much else was sent", moved - times)
     see("what happened, in order", " → ".join(module.log))
+    kept = len(given) == len(own) and all(a is b for a, b in zip(given, own, strict=False))
+    see.fact("the list of micro-batches stays as it is", kept)
+    see.fact("ddp synchronises afterwards as before", ddp.require_backward_grad_sync)
+    if not kept or not ddp.require_backward_grad_sync:
+        return
+    x = see.randn(micro_batches + 1, world_size, 2, 5)
+    y = see.randint(0, 3, micro_batches + 1, world_size, 2)
+    module.log.clear()
+    own = [(x[i, rank], y[i, rank]) for i in range(micro_batches + 1)]
+    accumulate_shards(ddp, own, _smoothed)
+    second = f"after a second call, with {micro_batches + 1} micro-batches and another loss"
+    for name, parameter in module.named_parameters():
+        see(f"the gradient of {name} {second}", parameter.grad)
+    see(f"what happened, in order, {second}", " → ".join(module.log))
+
+
+def _smoothed(logits, y):
+    return F.cross_entropy(logits, y, label_smoothing=0.3)
 
 
 def _observe_accumulate_shards(accumulate_shards, see):
@@ -5471,6 +6443,49 @@ def _shards_no_sync_around_backward(ddp, micro_batches, loss_function):
 def _shards_through_module(ddp, micro_batches, loss_function):
     for x, y in micro_batches:
         (loss_function(ddp.module(x), y) / len(micro_batches)).backward()
+
+
+def _shards_reusing_variables(ddp, micro_batches, loss_function):
+    with ddp.no_sync():
+        for x, y in micro_batches[:-1]:
+            (loss_function(ddp(x), y) / len(micro_batches)).backward()
+    (loss_function(ddp(x), y) / len(micro_batches)).backward()
+
+
+def _shards_last_twice(ddp, micro_batches, loss_function):
+    with ddp.no_sync():
+        for x, y in micro_batches:
+            (loss_function(ddp(x), y) / len(micro_batches)).backward()
+    (loss_function(ddp(x), y) / len(micro_batches)).backward()
+
+
+def _shards_last_forward_inside(ddp, micro_batches, loss_function):
+    with ddp.no_sync():
+        for x, y in micro_batches[:-1]:
+            (loss_function(ddp(x), y) / len(micro_batches)).backward()
+        x, y = micro_batches[-1]
+        loss = loss_function(ddp(x), y) / len(micro_batches)
+    loss.backward()
+
+
+def _shards_popped(ddp, micro_batches, loss_function):
+    share = 1 / len(micro_batches)
+    last_x, last_y = micro_batches.pop()
+    with ddp.no_sync():
+        for x, y in micro_batches:
+            (share * loss_function(ddp(x), y)).backward()
+    (share * loss_function(ddp(last_x), last_y)).backward()
+
+
+def _shards_left_silent(ddp, micro_batches, loss_function):
+    for i, (x, y) in enumerate(micro_batches):
+        ddp.require_backward_grad_sync = i == len(micro_batches) - 1
+        (loss_function(ddp(x), y) / len(micro_batches)).backward()
+    ddp.require_backward_grad_sync = False
+
+
+def _shards_of_cross_entropy(ddp, micro_batches, loss_function):
+    reference.accumulate_shards(ddp, micro_batches, F.cross_entropy)
 
 
 def _shards_zeroed_in_loop(ddp, micro_batches, loss_function):
@@ -5607,6 +6622,51 @@ FIX_NO_SYNC_ON_LAST_BATCH = Exercise(
             "You let the gradients travel in every backward pass. The result is right, but with "
             "four micro-batches everything is sent four times instead of once. Only the last "
             "backward pass needs the other ranks.",
+        ),
+        Misconception(
+            "forward_through_module",  # museum 5.14
+            _shards_through_module,
+            "You call ddp.module instead of ddp. Then DistributedDataParallel never sees the "
+            "forward pass, prepares nothing for backward, and no gradient travels: every rank "
+            "keeps its own.",
+        ),
+        Misconception(
+            "last_forward_in_no_sync",
+            _shards_last_forward_inside,
+            "You run the last forward pass inside no_sync() and only its backward pass outside. "
+            "DistributedDataParallel decides in its forward pass whether the gradients will "
+            "travel, so nothing is sent.",
+        ),
+        Misconception(
+            "loop_variables_reused",
+            _shards_reusing_variables,
+            "You use the loop's x and y once more after the loop: that is the last but one "
+            "micro-batch again, and the last is never used. With a single micro-batch the loop "
+            "has not even given them a value.",
+        ),
+        Misconception(
+            "last_batch_twice",
+            _shards_last_twice,
+            "Your loop runs over all the micro-batches, and then the last one is used once more. "
+            "It counts twice in the mean, and the others once.",
+        ),
+        Misconception(
+            "list_emptied",
+            _shards_popped,
+            "You take micro-batches out of the caller's list. The gradients are right, but whoever "
+            "looks at the list afterwards, for a log or for a second epoch, finds some missing.",
+        ),
+        Misconception(
+            "left_silent",
+            _shards_left_silent,
+            "You leave DistributedDataParallel's synchronisation switched off when you are done. "
+            "An ordinary backward pass later sends nothing, and the ranks drift apart there.",
+        ),
+        Misconception(
+            "cross_entropy_written_out",
+            _shards_of_cross_entropy,
+            "You use cross entropy whatever loss_function is. With another loss the gradients are "
+            "those of a loss that nobody asked for.",
         ),
         Misconception(
             "no_sync_around_backward",  # museum 5.16
@@ -5756,17 +6816,31 @@ def _clipped(clipped_step, see, norms, adam=False):
     module = _PartlyFrozen(see)
     learning = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(learning, lr=0.3, momentum=0.9)
-    if adam:
-        optimizer = torch.optim.AdamW(learning, lr=0.3)
+    if adam:  # two groups; the frozen layer is among them, and weight decay would move it
+        groups = [[*module.frozen.parameters(), *module.hidden.parameters()]]
+        groups += [list(module.out.parameters())]
+        optimizer = torch.optim.AdamW([{"params": group} for group in groups], lr=0.3)
     for parameter in learning:  # left from an earlier step
         parameter.grad = see.randn(*parameter.shape)
+    sent, start = [], len(calls())
     for number, max_norm in enumerate(norms, 1):
-        x, y = see.randn(world_size, 3, 6)[rank], see.randn(world_size, 3, 2)[rank]
-        loss = (1 + 2 * rank) * ((module(x) - y) ** 2).mean()
+        x, y = see.randn(world_size, 3, 6), see.randn(world_size, 3, 2)
+        losses = [(1 + 2 * r) * ((module(x[r]) - y[r]) ** 2).mean() for r in range(world_size)]
+        if number == 1:  # the same for all answers: later the weights are the answer's own
+            mean = torch.autograd.grad(sum(losses) / world_size, learning, retain_graph=True)
+            true = torch.cat([gradient.flatten() for gradient in mean]).norm().item()
+        loss = losses[rank]
+        value = loss.item()
         label = f"the norm that step {number} returns"
-        see.call(label, clipped_step, module, loss, optimizer, max_norm, may_modify=True)
+        norm = see.call(label, clipped_step, module, loss, optimizer, max_norm, may_modify=True)
         for name, parameter in module.named_parameters():
             see(f"{name} after step {number}", parameter)
+        see.fact(f"the loss given to step {number} stays as it is", loss.item() == value)
+        sent.append(len(calls()) - start - sum(sent))
+        if number == 1 and norm is not None and abs(norm - true) < 1e-5 * true:
+            exact = abs(norm - true) < 1e-10 * true  # more than float32 can hold
+            see.fact("float64 gradients keep their precision on the way", exact)
+    see.fact("the second step sends no more often than the first", sent[1] <= sent[0])
     if not see.agrees:  # which mistakes are the same for the weights
         norms = [
             parameter.grad.norm().item() for parameter in learning if parameter.grad is not None
@@ -5778,8 +6852,11 @@ def _sent_in_a_step(clipped_step, see):
     """What one step sends: looked at where an answer is wrong, to tell what is wrong."""
     module = _PartlyFrozen(see)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-    clipped_step(module, module(see.randn(3, 6)).square().mean(), optimizer, 1.0)
+    loss = (1 + 2 * dist.get_rank()) * module(see.randn(3, 6)).square().mean()
+    clipped_step(module, loss, optimizer, 1e4)
     see("what was sent", [str(call) for call in calls()])
+    norms = [p.grad.norm().item() for p in module.parameters() if p.grad is not None]
+    see("the gradients' norms afterwards", norms)
 
 
 def _observe_clipped_step(clipped_step, see):
@@ -5825,6 +6902,19 @@ def _with_gradient(parameters):
 def _gradients_added(parameters):
     for parameter in _with_gradient(parameters):
         dist.all_reduce(parameter.grad)
+
+
+def _half_of_sum(parameters):
+    for parameter in _with_gradient(parameters):
+        dist.all_reduce(parameter.grad)
+        parameter.grad /= 2
+
+
+def _mean_in_float32(parameters):
+    for parameter in _with_gradient(parameters):
+        mean = parameter.grad.float()
+        dist.all_reduce(mean)
+        parameter.grad.copy_(mean / dist.get_world_size())
 
 
 def _first_gradient(parameters):
@@ -5896,6 +6986,8 @@ def _clip_sum_of_norms(parameters, max_norm):
 
 
 _step_sum = _step_with(average=_gradients_added)
+_step_halved = _step_with(average=_half_of_sum)
+_step_in_float32 = _step_with(average=_mean_in_float32)
 _step_own = _step_with(average=lambda parameters: None)
 _step_first_only = _step_with(average=_first_gradient)
 _step_rank_zero = _step_with(average=_on_rank_zero)
@@ -5919,6 +7011,81 @@ def _step_clipped_first(module, loss, optimizer, max_norm):
     _mean_of_gradients(module.parameters())
     optimizer.step()
     return norm.item()
+
+
+def _step_averaged_last(module, loss, optimizer, max_norm):
+    optimizer.zero_grad()
+    loss.backward()
+    norm = _clip(module.parameters(), max_norm)
+    optimizer.step()
+    _mean_of_gradients(module.parameters())
+    return norm.item()
+
+
+def _step_divided_after_clipping(module, loss, optimizer, max_norm):
+    optimizer.zero_grad()
+    loss.backward()
+    _gradients_added(module.parameters())
+    norm = _clip(module.parameters(), max_norm)
+    for parameter in _with_gradient(module.parameters()):
+        parameter.grad /= dist.get_world_size()
+    optimizer.step()
+    return norm.item()
+
+
+def _step_clipped_twice(module, loss, optimizer, max_norm):
+    optimizer.zero_grad()
+    loss.backward()
+    _clip(module.parameters(), max_norm)
+    _mean_of_gradients(module.parameters())
+    norm = _clip(module.parameters(), max_norm)
+    optimizer.step()
+    return norm.item()
+
+
+def _step_by_own_norm(module, loss, optimizer, max_norm):
+    optimizer.zero_grad()
+    loss.backward()
+    norm = _clip(module.parameters(), float("inf"))
+    _mean_of_gradients(module.parameters())
+    for parameter in _with_gradient(module.parameters()):
+        parameter.grad *= min(1.0, max_norm / (norm.item() + 1e-6))
+    optimizer.step()
+    return norm.item()
+
+
+def _step_with_zeros(module, loss, optimizer, max_norm):
+    for parameter in module.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    loss.backward()
+    _mean_of_gradients(module.parameters())
+    norm = _clip(module.parameters(), max_norm)
+    optimizer.step()
+    return norm.item()
+
+
+def _step_with_hooks(module, loss, optimizer, max_norm):
+    reference.hook_gradients(module)
+    optimizer.zero_grad()
+    loss.backward()
+    norm = _clip(module.parameters(), max_norm)
+    optimizer.step()
+    return norm.item()
+
+
+def _step_first_group(module, loss, optimizer, max_norm):
+    optimizer.zero_grad()
+    loss.backward()
+    _mean_of_gradients(module.parameters())
+    norm = _clip(optimizer.param_groups[0]["params"], max_norm)
+    optimizer.step()
+    return norm.item()
+
+
+def _step_loss_overwritten(module, loss, optimizer, max_norm):
+    norm = reference.clipped_step(module, loss, optimizer, max_norm)
+    dist.all_reduce(loss.detach())
+    return norm
 
 
 def _step_clipped_last(module, loss, optimizer, max_norm):
@@ -6000,7 +7167,7 @@ def _step_by_gathering(module, loss, optimizer, max_norm, norm_type=2.0):
     optimizer.zero_grad(set_to_none=False)
     loss.backward()
     for group in optimizer.param_groups:
-        for parameter in group["params"]:
+        for parameter in _with_gradient(group["params"]):
             parts = [torch.empty_like(parameter.grad) for _ in range(dist.get_world_size())]
             dist.all_gather(parts, parameter.grad)
             parameter.grad = torch.stack(parts).mean(dim=0)
@@ -6061,6 +7228,70 @@ FIX_CLIPPING_BEFORE_REDUCTION = Exercise(
             "after one step the ranks hold different weights.",
         ),
         Misconception(
+            "averaged_after_the_step",  # museum 5.9
+            _step_averaged_last,
+            "You average the gradients after the optimizer has taken its step. The ranks have "
+            "already moved apart, each by its own gradient, and what you send then is not used: "
+            "the next step zeroes it.",
+        ),
+        Misconception(
+            "divided_by_two",
+            _step_halved,
+            "You divide by 2, whatever the number of ranks is. With one process the gradient is "
+            "half as long as it should be, with three it is too long: ask for the world size.",
+        ),
+        Misconception(
+            "divided_after_clipping",
+            _step_divided_after_clipping,
+            "You clip the sum of the ranks' gradients and divide by their number afterwards. The "
+            "sum is world_size times too long for max_norm, so you clip what should not be, and "
+            "the norm that you return is that of the sum.",
+        ),
+        Misconception(
+            "clipped_twice",
+            _step_clipped_twice,
+            "You clip on every rank and then once more after averaging. The first clipping "
+            "already changes the mean: a rank with a long gradient loses its weight in it. Clip "
+            "once, what all ranks share.",
+        ),
+        Misconception(
+            "clipped_by_own_norm",
+            _step_by_own_norm,
+            "You measure the norm before the ranks average and shorten the mean by it. Every rank "
+            "shortens the same gradient by another factor, and their weights drift apart.",
+        ),
+        Misconception(
+            "first_group_only",
+            _step_first_group,
+            "You clip the parameters of the optimizer's first group. An optimizer may have several "
+            "groups, and the norm meant here is that of all the module's gradients together.",
+        ),
+        Misconception(
+            "zeros_for_frozen",
+            _step_with_zeros,
+            "You give frozen parameters a gradient of zeros. An optimizer leaves a parameter alone "
+            "only if its gradient is None; with zeros the weight decay of AdamW shrinks it.",
+        ),
+        Misconception(
+            "hooks_pile_up",
+            _step_with_hooks,
+            "You register hooks in every call and never remove them. The second step averages "
+            "every gradient twice, the thousandth a thousand times: the numbers are right, and "
+            "training becomes slower and slower.",
+        ),
+        Misconception(
+            "sent_in_float32",
+            _step_in_float32,
+            "You send float64 gradients as float32 and lose half of their digits on the way. What "
+            "travels should have the dtype of the gradients.",
+        ),
+        Misconception(
+            "loss_overwritten",
+            _step_loss_overwritten,
+            "You run a collective on the loss that you were given, and it overwrites the caller's "
+            "tensor: a log that reads it afterwards shows another number. Send a copy, or nothing.",
+        ),
+        Misconception(
             "copies_averaged",  # museum 5.30
             _step_copies,
             "You average copies of the gradients over the ranks and do not put the result back. "
@@ -6077,12 +7308,6 @@ FIX_CLIPPING_BEFORE_REDUCTION = Exercise(
             _step_first_only,
             "You average the gradient of one parameter only. The others keep each rank's own "
             "gradient, and their weights drift apart.",
-        ),
-        Misconception(
-            "only_rank_zero_averages",  # museum 5.27
-            _step_rank_zero,
-            "You let only rank 0 take part in the averaging. A collective needs every rank: rank 0 "
-            "waits for ever for the others.",
         ),
         Misconception(
             "mean_on_rank_zero_only",
@@ -6176,6 +7401,12 @@ FIX_CLIPPING_BEFORE_REDUCTION = Exercise(
             "You zero the gradients after backward() and so throw away what it has just computed. "
             "The optimizer finds nothing to step with.",
         ),
+        Misconception(
+            "only_rank_zero_averages",  # museum 5.27
+            _step_rank_zero,
+            "You let only rank 0 take part in the averaging. A collective needs every rank: rank 0 "
+            "waits for ever for the others.",
+        ),
     ),
     alternatives=(_step_in_one_message, _step_by_gathering, _step_through_rank_zero),
     hints=(
@@ -6200,13 +7431,14 @@ class _Guesses(nn.Module):
         super().__init__()
         self.inner = nn.Dropout(0.0)  # its mode has to change too
         self.weight = see.randn(8, classes)
-        self.asked, self.largest, self.modes = [], 0, set()
+        self.asked, self.largest, self.modes, self.graphs = [], 0, set(), set()
 
     def forward(self, x):
         x = x.flatten(1)  # (batch, 8)
         self.asked += x[:, 0].long().tolist()
         self.largest = max(self.largest, len(x))
         self.modes |= {self.training, self.inner.training}
+        self.graphs.add(torch.is_grad_enabled())
         logits = x[:, 1:] @ self.weight[1:]
         return logits.roll(1, dims=-1) if self.training else logits
 
@@ -6220,6 +7452,7 @@ def _evaluated(global_accuracy, see, folder, n, classes, batch_size, training=Tr
     best = (x.flatten(1)[:, 1:] @ model.weight[1:]).argmax(dim=-1)
     wrong = torch.arange(n) % 7 % 4 == 0  # the last samples differ from the mean of all
     y = torch.where(wrong, (best + 1) % classes, best)
+    torch.manual_seed(100 + rank)  # as in training: dropout differs from rank to rank
     see.call("the accuracy", global_accuracy, model, x, y, batch_size)
     most = -(-n // world_size)
     see.fact(f"no rank evaluates more than {most} of the {n} samples", len(model.asked) <= most)
@@ -6228,6 +7461,9 @@ def _evaluated(global_accuracy, see, folder, n, classes, batch_size, training=Tr
         see("the largest batch", model.largest)
     see.fact("the model is in eval mode meanwhile", True not in model.modes)
     see("whether the model is in train mode afterwards", (model.training, model.inner.training))
+    see.fact("the model is called without a graph", True not in model.graphs)
+    see.fact("gradients are enabled again afterwards", torch.is_grad_enabled())
+    torch.set_grad_enabled(True)
     (Path(folder) / f"{rank}").write_text(
         json.dumps(model.asked)
     )  # no collective: the last may hang
@@ -6247,6 +7483,9 @@ def _observe_global_accuracy(global_accuracy, see):
     with see.probe("one process alone: 6 samples, a model in eval mode"), _folder() as folder:
         with alone():
             _evaluated(global_accuracy, see, folder, 6, 4, 10, training=False)
+    with see.probe("one process alone: 600 samples in batches of 100"), _folder() as folder:
+        with alone():
+            _evaluated(global_accuracy, see, folder, 600, 3, 100)
     if not see.agrees:
         return
     probes = (
@@ -6279,6 +7518,15 @@ def _without_rest(n):
 
 def _everything(n):
     return torch.arange(n)
+
+
+def _shuffled(n):
+    return torch.randperm(n)[dist.get_rank() :: dist.get_world_size()]
+
+
+def _rest_to_the_last(n):
+    rank, world_size, share = dist.get_rank(), dist.get_world_size(), n // dist.get_world_size()
+    return torch.arange(n)[rank * share : None if rank == world_size - 1 else (rank + 1) * share]
 
 
 def _ratio(correct, mine, n):
@@ -6333,6 +7581,11 @@ def _on_rank_zero_alone(correct, mine, n):
     return correct.item() / n if dist.get_rank() == 0 else None
 
 
+def _reduced(correct, mine, n):
+    dist.reduce(correct, 0)
+    return correct.item() / n
+
+
 def _gathered_on_rank_zero(correct, mine, n):
     if dist.get_rank() == 0:
         dist.all_reduce(correct)
@@ -6358,12 +7611,48 @@ _accuracy_own_count = _accuracy_with(combine=lambda c, m, n: c.item() / n)
 _accuracy_rank_zero = _accuracy_with(combine=_on_rank_zero_alone)
 _accuracy_rank_zero_calls = _accuracy_with(combine=_gathered_on_rank_zero)
 _accuracy_empty_leaves = _accuracy_with(combine=_left_when_empty)
+_accuracy_reduced = _accuracy_with(combine=_reduced)
+_accuracy_shuffled = _accuracy_with(part=_shuffled)
+_accuracy_rest_to_the_last = _accuracy_with(part=_rest_to_the_last)
+_accuracy_in_a_byte = _accuracy_with(combine=lambda c, m, n: _ratio(c.to(torch.uint8), m, n))
 _accuracy_one_batch = _accuracy_with(batched=False)
 _accuracy_train_mode = _accuracy_with(mode=None)
 _accuracy_stays_in_eval = _accuracy_with(after=None)
 _accuracy_always_trains = _accuracy_with(after=True)
 _accuracy_percent = _accuracy_with(combine=lambda c, m, n: 100 * _ratio(c, m, n))
 _accuracy_hits = _accuracy_with(combine=lambda c, m, n: int(_ratio(c, m, 1)))
+
+
+def _accuracy_with_graph(model, x, y, batch_size):
+    training = model.training
+    model.eval()
+    correct = torch.zeros((), dtype=torch.int64)
+    for places in _strided(len(y)).split(batch_size):
+        if len(places):
+            correct += (model(x[places]).argmax(dim=-1) == y[places]).sum()
+    model.train(training)
+    return _ratio(correct, len(places), len(y))
+
+
+def _accuracy_by_32(model, x, y, batch_size):
+    return reference.global_accuracy(model, x, y, 32)
+
+
+def _accuracy_gradients_left_off(model, x, y, batch_size):
+    torch.set_grad_enabled(False)
+    return reference.global_accuracy(model, x, y, batch_size)
+
+
+@torch.no_grad()
+def _accuracy_last_batch_dropped(model, x, y, batch_size):
+    training = model.training
+    model.eval()
+    correct = torch.zeros((), dtype=torch.int64)
+    for places in _strided(len(y)).split(batch_size):
+        if len(places) == batch_size:
+            correct += (model(x[places]).argmax(dim=-1) == y[places]).sum()
+    model.train(training)
+    return _ratio(correct, len(places), len(y))
 
 
 @torch.no_grad()
@@ -6543,6 +7832,51 @@ GLOBAL_ACCURACY = Exercise(
             "meanwhile. The number is right; the work should be shared.",
         ),
         Misconception(
+            "reduced_to_rank_zero",
+            _accuracy_reduced,
+            "You bring the sum to rank 0 only, and the other ranks divide what is left in their "
+            "own tensor. They return other numbers than rank 0, and where one of them decides by "
+            "it when to stop, the ranks part.",
+        ),
+        Misconception(
+            "shuffled_on_each_rank",
+            _accuracy_shuffled,
+            "You take your part of a random order that every rank draws for itself. The ranks' "
+            "random states differ in training, so some samples are evaluated twice and others "
+            "never. No random order is needed here.",
+        ),
+        Misconception(
+            "rest_to_the_last_rank",
+            _accuracy_rest_to_the_last,
+            "You give every rank n // world_size samples and the last one the rest as well. With "
+            "fewer samples than ranks it does everything; deal out so that no part is longer than "
+            "another by more than one sample.",
+        ),
+        Misconception(
+            "count_overflows",
+            _accuracy_in_a_byte,
+            "You count hits in a dtype of 8 bits. From 256 on the count starts at 0 again; int64 "
+            "has room for all of them.",
+        ),
+        Misconception(
+            "with_a_graph",
+            _accuracy_with_graph,
+            "You call the model with gradients enabled. Every batch then keeps its activations for "
+            "a backward pass that never comes, which costs memory and time.",
+        ),
+        Misconception(
+            "gradients_left_off",
+            _accuracy_gradients_left_off,
+            "You switch gradients off and never on again. The next training step fails, because "
+            "its loss has no graph; switch them off for the evaluation only.",
+        ),
+        Misconception(
+            "last_batch_dropped",
+            _accuracy_last_batch_dropped,
+            "You leave out the last batch where it is smaller than the others. Its samples are "
+            "never evaluated, and yet they are among those that you divide by.",
+        ),
+        Misconception(
             "result_on_rank_zero_only",
             _accuracy_rank_zero,
             "You bring the sum to rank 0 only. The other ranks return nothing; if one of them "
@@ -6570,8 +7904,14 @@ GLOBAL_ACCURACY = Exercise(
         Misconception(
             "batch_size_ignored",
             _accuracy_one_batch,
-            "You send this rank's whole part through the model at once. batch_size is the limit of "
-            "what fits into memory.",
+            "Your batches do not follow batch_size: this rank's whole part goes through the model "
+            "at once. batch_size is the limit of what fits into memory.",
+        ),
+        Misconception(
+            "batches_of_32",
+            _accuracy_by_32,
+            "Your batches do not follow batch_size: they have 32 samples whatever it is. With a "
+            "smaller limit that is more than what fits into memory.",
         ),
         Misconception(
             "train_mode",
@@ -6594,7 +7934,7 @@ GLOBAL_ACCURACY = Exercise(
         Misconception(
             "percent",
             _accuracy_percent,
-            "You return per cent. A share is a number from 0 to 1.",
+            "You return per cent. The share that is asked for is a number from 0 to 1.",
         ),
         Misconception(
             "number_of_hits",
@@ -6628,12 +7968,14 @@ class _Network(nn.Module):
         super().__init__()
         self.hidden, self.drop, self.out = nn.Linear(4, 6), nn.Dropout(0.5), nn.Linear(6, 2)
         self.register_buffer("mean", torch.zeros(4))
+        self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
         self.double()
         for parameter in self.parameters():
             parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
 
     def forward(self, x):
         self.mean = 0.9 * self.mean + 0.1 * x.mean(dim=0)
+        self.batches = self.batches + 1
         return self.out(self.drop(torch.tanh(self.hidden(x - self.mean))))
 
 
@@ -6769,7 +8111,7 @@ def _contents(see, training, states):
     for key in ("torch", "python"):
         own = [entry.get(key) if isinstance(entry, dict) else None for entry in entries]
         ranks = [_whose(states, key, state) for state in own]
-        see(f"the ranks whose {key!r} states stand under 'rng'", ranks)
+        see(f"the ranks whose {key!r} states stand under 'rng' (-1: no rank's)", ranks)
         if -1 in ranks:  # nobody's: what they are
             see(f"the kind of the {key!r} states", str([type(state).__name__ for state in own]))
 
@@ -6786,15 +8128,17 @@ class _Watch:
         self.order, self.alone = [], False
 
     def __enter__(self):
-        _Watch.active, self.true_save = self, torch.save
+        _Watch.active, self.true_save, self.true_sleep = self, torch.save, time.sleep
         torch.save = self._save
+        if self.rank != 0:  # who sleeps instead of waiting for rank 0 is too early
+            time.sleep = lambda seconds: self.true_sleep(min(seconds, 0.001))
         if not _Watch.heard:
             _Watch.heard = True
             sys.addaudithook(lambda event, args: _Watch.active and _Watch.active.hear(event, args))
         return self
 
     def __exit__(self, *_):
-        _Watch.active, torch.save = None, self.true_save
+        _Watch.active, torch.save, time.sleep = None, self.true_save, self.true_sleep
 
     def _save(self, obj, f, *args, **kwargs):
         name = f if isinstance(f, (str, os.PathLike)) else getattr(f, "name", "")
@@ -7011,6 +8355,13 @@ def _where_barrier_first(write, checkpoint, path):
         write(checkpoint, path)
 
 
+def _where_others_sleep(write, checkpoint, path):
+    if dist.get_rank() == 0:
+        write(checkpoint, path)
+    else:
+        time.sleep(0.3)
+
+
 def _where_everybody_writes(write, checkpoint, path):
     write(checkpoint, path)
     dist.barrier()
@@ -7059,6 +8410,8 @@ _save_no_scheduler = _save_with(change=_without("scheduler"))
 _save_no_rng = _save_with(change=_without("rng"))
 _save_no_position = _save_with(change=_without("epoch", "step"))
 _save_next_epoch = _save_with(change=lambda c: {**c, "epoch": c["epoch"] + 1})
+_save_swapped = _save_with(change=lambda c: {**c, "epoch": c["step"], "step": c["epoch"]})
+_save_others_sleep = _save_with(where=_where_others_sleep)
 _save_torch_only = _save_with(states=_torch_states)
 _save_seeds = _save_with(states=_seeds)
 _save_rank_zeros_state = _save_with(states=lambda: [_own_state()])
@@ -7188,6 +8541,12 @@ SAVE_CHECKPOINT = Exercise(
             "would be skipped.",
         ),
         Misconception(
+            "epoch_and_step_swapped",
+            _save_swapped,
+            "You store the epoch as the step and the step as the epoch. The run goes on at another "
+            "place of the data than the one that it had reached.",
+        ),
+        Misconception(
             "torch_state_only",
             _save_torch_only,
             "You store torch's random state and not Python's. Whatever draws from `random`, an "
@@ -7244,8 +8603,9 @@ SAVE_CHECKPOINT = Exercise(
         Misconception(
             "removed_before_renaming",
             _save_after_removing,
-            "You remove the old checkpoint before the new one has its name. In between there is "
-            "none at all; a rename replaces the old file in one step, without being asked to.",
+            "You remove or rename the old checkpoint before the new one has its name. In between "
+            "there is none under the path; a rename replaces the old file in one step, without "
+            "being asked to.",
         ),
         Misconception(
             "copied_over",
@@ -7268,8 +8628,9 @@ SAVE_CHECKPOINT = Exercise(
         Misconception(
             "nobody_waits",
             _save_nobody_waits,
-            "You let the other ranks return while rank 0 still writes. A rank that reads the file "
-            "then finds the old checkpoint, or none.",
+            "You let the other ranks return while rank 0 still writes; sleeping for a while is not "
+            "waiting, since writing may take longer. A rank that reads the file then finds the "
+            "old checkpoint, or none.",
         ),
         Misconception(
             "barrier_before_writing",
@@ -7287,8 +8648,8 @@ SAVE_CHECKPOINT = Exercise(
             "other_ranks_write",
             _save_everybody,
             "You let other ranks than rank 0 write. Ranks that write one file write into one "
-            "another's pieces, and one renames what another has not finished: rank 0 alone does it "
-            "for all.",
+            "another's pieces, and one renames what another has not finished; with separate files "
+            "the checkpoint is several files and not one. Rank 0 alone does it for all.",
         ),
         Misconception(
             "a_file_for_every_rank",
@@ -7334,6 +8695,40 @@ def _put(training, epoch, step):
     return states
 
 
+def _goes_on_from(states, before, key):
+    """Whose random state torch or Python goes on from, in words."""
+    now = _randomness()[key]
+    rank = _whose(states, key, now)
+    if rank >= 0:
+        return f"rank {rank}'s from the file"
+    same = _whose([before], key, now) == 0
+    return "the one before the call" if same else "another one"
+
+
+@contextmanager
+def _reading(targets):
+    """Inside, torch.load notes whether it was told where to read to."""
+    load = torch.load
+
+    def noted(f, map_location=None, *args, **kwargs):
+        targets.append(map_location is not None)
+        return load(f, map_location, *args, **kwargs)
+
+    torch.load = noted
+    try:
+        yield
+    finally:
+        torch.load = load
+
+
+def _fails(load_checkpoint, training):
+    try:
+        load_checkpoint(PATH, *training.parts)
+    except Exception:
+        return True
+    return False
+
+
 def _loaded(load_checkpoint, see, folder, steps, epoch):
     """A run is interrupted after some steps; another one, from other weights, goes on with it."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -7346,16 +8741,21 @@ def _loaded(load_checkpoint, see, folder, steps, epoch):
         states = _put(training, epoch, steps)
         losses = [training.step(x[number]) for number in range(steps, steps + 3)]
         other = _Training(2)
-        _randomness(90)
-        see.call("the answer", load_checkpoint, PATH, *other.parts)
+        before, targets = _randomness(90), []
+        with _reading(targets):
+            see.call("the returned (epoch, step)", load_checkpoint, PATH, *other.parts)
         see("the model's state", other.model.state_dict())
         see("the optimizer's state", other.optimizer.state_dict())
         see("the scheduler's state", other.scheduler.state_dict())
-        now = _randomness()
-        see("the rank whose random state torch goes on from", _whose(states, "torch", now["torch"]))
-        whose = _whose(states, "python", now["python"])
-        see("the rank whose random state Python goes on from", whose)
+        whose = {key: _goes_on_from(states, before, key) for key in ("torch", "python")}
+        see("the random state that torch goes on from", whose["torch"])
+        see("the random state that Python goes on from", whose["python"])
         see.fact("the model is in train mode as before", other.model.training)
+        if world_size == 1:  # with more of them, who removes it first is a matter of luck
+            see.fact("the file is there afterwards", os.path.exists(PATH))
+            see.fact("the file is read onto the CPU", all(targets))
+        if "another one" in whose.values():  # any losses may come now
+            return
         resumed = [other.step(x[number]) for number in range(steps, steps + 3)]
         see("the losses of the next steps", resumed)
         see("the model's state after them", other.model.state_dict())
@@ -7366,11 +8766,16 @@ def _observe_load_checkpoint(load_checkpoint, see):
     with see.probe("one process alone: no file yet"), _folder() as folder, alone(), _at(folder):
         training = _Training(1)
         states = [_randomness(30)]
-        see.call("the answer", load_checkpoint, PATH, *training.parts)
+        see.call("the returned (epoch, step)", load_checkpoint, PATH, *training.parts)
         see.fact("the random states stay as they are", _own(states) == 0)
         see("the learning rate", training.optimizer.param_groups[0]["lr"])
     with see.probe("one process alone: interrupted after 3 steps"), _folder() as folder, alone():
         _loaded(load_checkpoint, see, folder, 3, 1)
+    with see.probe("one process alone: half a file"), _folder() as folder, alone(), _at(folder):
+        training = _Training(1)
+        _put(training, 1, 3)
+        Path(PATH).write_bytes(Path(PATH).read_bytes()[:3000])
+        see.fact("a damaged file is an error", _fails(load_checkpoint, training))
     if not see.agrees:
         return
     first = "2 processes: interrupted after 4 steps"
@@ -7453,6 +8858,10 @@ _load_seeded = _load_with(use=lambda own: (torch.manual_seed(0), random.seed(0))
 _load_rank_zeros_state = _load_with(which=lambda states: states[0])
 _load_last_state = _load_with(which=lambda states: states[-1])
 _load_next_epoch = _load_with(result=lambda c: (c["epoch"] + 1, c["step"]))
+_load_next_step = _load_with(result=lambda c: (c["epoch"], c["step"] + 1))
+_load_torch_seeded = _load_with(
+    use=lambda own: (torch.manual_seed(dist.get_rank()), random.setstate(own["python"]))
+)
 _load_from_epochs_start = _load_with(result=lambda c: (c["epoch"], 0))
 _load_swapped = _load_with(result=lambda c: (c["step"], c["epoch"]))
 _load_epoch_only = _load_with(result=lambda c: c["epoch"])
@@ -7462,6 +8871,41 @@ _load_one_when_missing = _load_with(missing=lambda: (1, 0))
 _load_in_eval_mode = _load_with(model=_in_eval_mode)
 _load_parameters_only = _load_with(model=_parameters_only)
 _load_new_parameters = _load_with(model=_new_parameters)
+
+
+def _load_whatever_happens(path, model, optimizer, scheduler):
+    try:
+        return reference.load_checkpoint(path, model, optimizer, scheduler)
+    except Exception:
+        return 0, 0
+
+
+def _load_and_remove(path, model, optimizer, scheduler):
+    found = reference.load_checkpoint(path, model, optimizer, scheduler)
+    dist.barrier()
+    if dist.get_rank() == 0 and os.path.exists(path):
+        os.remove(path)
+    return found
+
+
+def _load_anywhere(path, model, optimizer, scheduler):
+    if not os.path.exists(path):
+        return 0, 0
+    saved = torch.load(path, weights_only=True)
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    scheduler.load_state_dict(saved["scheduler"])
+    torch.set_rng_state(saved["rng"][dist.get_rank()]["torch"])
+    random.setstate(saved["rng"][dist.get_rank()]["python"])
+    return saved["epoch"], saved["step"]
+
+
+def _floating_only(model, checkpoint):
+    floating = {k: v for k, v in checkpoint["model"].items() if v.is_floating_point()}
+    model.load_state_dict(floating, strict=False)
+
+
+_load_floating_only = _load_with(model=_floating_only)
 
 
 def _load_on_rank_zero(path, model, optimizer, scheduler):
@@ -7555,9 +8999,49 @@ LOAD_CHECKPOINT = Exercise(
         Misconception(
             "model_not_loaded",
             _load_nothing,
-            "You do not give the model its state: it goes on with the weights that it was "
-            "initialised with. Assigning to the name `model` inside the function changes nothing "
-            "outside.",
+            "The model does not get its state and goes on with the weights that it was initialised "
+            "with. Either nothing was loaded, for example because the names do not match and "
+            "strict=False hides it, or you assigned to the name `model`, which changes nothing "
+            "outside the function.",
+        ),
+        Misconception(
+            "every_error_swallowed",
+            _load_whatever_happens,
+            "You take every error for a missing file. A damaged checkpoint then starts the "
+            "training anew without a word, and the next save overwrites what could have been "
+            "rescued: only the missing file means (0, 0).",
+        ),
+        Misconception(
+            "file_removed",
+            _load_and_remove,
+            "You remove the checkpoint after reading it. If the run is interrupted again before "
+            "the next save, all is lost.",
+        ),
+        Misconception(
+            "read_anywhere",
+            _load_anywhere,
+            "You read the file without saying onto which device. Tensors go back to where they "
+            "were saved from: on a machine with 8 GPUs all eight ranks fill the memory of GPU 0. "
+            "Read onto the CPU; load_state_dict copies to where the values belong.",
+        ),
+        Misconception(
+            "floating_entries_only",
+            _load_floating_only,
+            "You load the floating-point entries only. Integer buffers, such as batch norm's count "
+            "of batches, stay at their initial values, and strict=False hides it.",
+        ),
+        Misconception(
+            "next_step",
+            _load_next_step,
+            "You return step + 1. The file already says where to go on, and one batch would never "
+            "be seen.",
+        ),
+        Misconception(
+            "torch_seeded_again",
+            _load_torch_seeded,
+            "torch's random state is none of those in the file: you seed again, or draw from it, "
+            "after it was restored. The masks that dropout draws then differ from those of the "
+            "uninterrupted run.",
         ),
         Misconception(
             "parameters_only",
@@ -7721,25 +9205,50 @@ def _kept(optimizer, parameters):
     return sum(numbers.values())
 
 
-def _sharded(ShardedAdamW, see, shapes, lacking, settings, steps=3):
+def _sharded(ShardedAdamW, see, shapes, lacking, settings, steps=3, frozen=None):
     """Some steps on this rank. lacking: (step, number) of parameters without a gradient."""
     parameters = [nn.Parameter(see.randn(*shape)) for shape in shapes]  # the same on all ranks
+    if frozen is not None:
+        parameters[frozen].requires_grad_(False)
     optimizer = ShardedAdamW(iter(parameters), **settings)
-    for step in range(1, steps + 1):
-        for number, parameter in enumerate(parameters):
-            gradient = see.randn(*parameter.shape)
-            parameter.grad = None if (step, number) in lacking else gradient
-        optimizer.step()
-        for number, parameter in enumerate(parameters):
-            see(f"parameter {number} after step {step}", parameter)
-    see("how many numbers of state this rank keeps", _kept(optimizer, parameters))
-    for parameter in parameters:
-        parameter.grad = see.randn(*parameter.shape)
+    most, kept = [0], True
+
+    def measure(torchs_own, *_):
+        states = [value for state in torchs_own.state.values() for value in state.values()]
+        most.append(sum(v.numel() for v in states if torch.is_tensor(v) and v.numel() > 1))
+
+    handle = register_optimizer_step_post_hook(measure)
+    try:
+        for step in range(1, steps + 1):
+            for number, parameter in enumerate(parameters):
+                gradient = see.randn(*parameter.shape)
+                none = (step, number) in lacking or number == frozen
+                parameter.grad = None if none else gradient
+            given = [None if p.grad is None else p.grad.clone() for p in parameters]
+            optimizer.step()
+            for number, parameter in enumerate(parameters):
+                see(f"parameter {number} after step {step}", parameter)
+                kept = kept and _alike(parameter.grad, given[number])
+    finally:
+        handle.remove()
+    see.fact("step() leaves the gradients as they are", kept)
+    afterwards = _kept(optimizer, parameters)
+    see("how many numbers of state this rank keeps at most", max(*most, afterwards))
+    if max(most) > afterwards > 0:  # dropped again: a right answer has less to begin with
+        see("how many are left after the step", afterwards)
+    for number, parameter in enumerate(parameters):
+        parameter.grad = None if number == frozen else see.randn(*parameter.shape)
     optimizer.zero_grad()
     for number, parameter in enumerate(parameters):
         left = "zeros" if parameter.grad is not None and not parameter.grad.any() else "a gradient"
         left = "None" if parameter.grad is None else left
         see(f"what parameter {number} has in .grad after zero_grad()", left)
+
+
+def _alike(one, other):
+    if one is None or other is None:
+        return one is other
+    return torch.equal(one, other)
 
 
 SHAPES = ((3, 5), (4,), (2, 3), (10,), (3,))  # 15, 4, 6, 10 and 3 numbers
@@ -7757,6 +9266,26 @@ def _sent_by_sharded(ShardedAdamW, see):
     see("what is sent", ", ".join(str(call) for call in calls()[before:]))
 
 
+def _asked_of_broadcast(ShardedAdamW, see):
+    """Which broadcasts each rank would call, where the true ones do not fit together."""
+    parameters = [nn.Parameter(see.randn(*shape)) for shape in SHAPES]
+    optimizer, asked, true = ShardedAdamW(parameters), [], dist.broadcast
+    for parameter in parameters:
+        parameter.grad = see.randn(*parameter.shape)
+
+    def noted(tensor, *_, **__):
+        asked.append(tuple(tensor.shape))
+
+    dist.broadcast = noted
+    try:
+        optimizer.step()
+    finally:
+        dist.broadcast = true
+    see("how many broadcasts this rank calls", len(asked))
+    if len(asked) == len(SHAPES):
+        see.fact("they are in the order of the parameters", tuple(asked) == SHAPES)
+
+
 def _observe_sharded_adamw(ShardedAdamW, see):
     with see.probe("one process alone, settings as they are by default"), alone():
         _sharded(ShardedAdamW, see, SHAPES, (), {})
@@ -7766,8 +9295,11 @@ def _observe_sharded_adamw(ShardedAdamW, see):
         return
     first = "2 processes, 5 parameters; some gradients are missing"
     with see.probe(first):
-        on_ranks(see, 2, _sharded, ShardedAdamW, SHAPES, ((1, 2), (2, 3), (3, 0)), SETTINGS)
+        lacking = ((1, 2), (2, 3), (3, 0))
+        on_ranks(see, 2, _sharded, ShardedAdamW, SHAPES, lacking, SETTINGS, 3, 1)
     if _raised(see, first):
+        with see.probe("2 processes: the broadcasts that a step asks for"):
+            on_ranks(see, 2, _asked_of_broadcast, ShardedAdamW)
         return
     with see.probe("3 processes, 5 parameters"):
         on_ranks(see, 3, _sharded, ShardedAdamW, SHAPES, (), {"lr": 0.1}, 2)
@@ -7892,6 +9424,12 @@ _sharded_on_rank_zero = _sharded_with(deal=_all_on_rank_zero)
 _sharded_without_rest = _sharded_with(deal=_without_the_rest)
 _sharded_adam = _sharded_with(make=_coupled)
 _sharded_rate_only = _sharded_with(passed=_rate_only)
+_sharded_without_decay = _sharded_with(
+    passed=lambda settings: {k: v for k, v in settings.items() if k != "weight_decay"}
+)
+_sharded_without_betas = _sharded_with(
+    passed=lambda settings: {k: v for k, v in settings.items() if k != "betas"}
+)
 _sharded_anew = _sharded_with(anew=True)
 _sharded_zeros = _sharded_with(zero=_zeros)
 _sharded_zero_own = _sharded_with(zero=lambda params, own: [setattr(p, "grad", None) for p in own])
@@ -7914,6 +9452,55 @@ class _ShardedSameState:
 
     def zero_grad(self):
         self.optimizer.zero_grad()
+
+
+class _ShardedDropsState(_ShardedSameState):
+    """Steps everything, and drops afterwards what belongs to others."""
+
+    def step(self):
+        self.optimizer.step()
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        for number, parameter in enumerate(self.params):
+            if number % world_size != rank:
+                self.optimizer.state.pop(parameter, None)
+            dist.broadcast(parameter.detach(), number % world_size)
+
+
+class _ShardedLearningOnly(reference.ShardedAdamW):
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01):
+        super().__init__([p for p in params if p.requires_grad], lr, betas, eps, weight_decay)
+
+
+class _ShardedOwnFirst(reference.ShardedAdamW):
+    def step(self):
+        if self.optimizer is not None:
+            self.optimizer.step()
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        numbers = sorted(range(len(self.params)), key=lambda n: (n % world_size != rank, n))
+        for number in numbers:
+            dist.broadcast(self.params[number].detach(), number % world_size)
+
+
+class _ShardedSentFirst(reference.ShardedAdamW):
+    def step(self):
+        for number, parameter in enumerate(self.params):
+            dist.broadcast(parameter.detach(), number % dist.get_world_size())
+        if self.optimizer is not None:
+            self.optimizer.step()
+
+
+class _ShardedStepZeroes(reference.ShardedAdamW):
+    def step(self):
+        super().step()
+        self.zero_grad()
+
+
+class _ShardedZerosForNone(reference.ShardedAdamW):
+    def step(self):
+        for parameter in self.params:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        super().step()
 
 
 class _ShardedNeverEmpty:
@@ -8112,6 +9699,57 @@ SHARDED_ADAMW = Exercise(
             _sharded_only_owner_sends,
             "You call broadcast on the rank that owns a parameter and nowhere else. A broadcast is "
             "also how the others receive: every rank has to call it for every parameter.",
+        ),
+        Misconception(
+            "another_order_on_each_rank",
+            _ShardedOwnFirst,
+            "You broadcast every parameter on every rank, but in an order that differs from rank "
+            "to rank. Collectives are matched by the order of the calls alone: the first call of "
+            "one rank meets the first call of the other, whatever tensors they hold.",
+        ),
+        Misconception(
+            "sent_before_the_step",
+            _ShardedSentFirst,
+            "You send the parameters before AdamW has updated them. What the others receive are "
+            "the old values, and they miss the last update of all that is not their own.",
+        ),
+        Misconception(
+            "state_dropped_after_the_step",
+            _ShardedDropsState,
+            "You let every rank step all the parameters and drop the others' state afterwards. At "
+            "the moment of the step the memory of ordinary AdamW is needed, and every rank does "
+            "all the work: AdamW is to be given this rank's parameters only.",
+        ),
+        Misconception(
+            "step_zeroes_the_gradients",
+            _ShardedStepZeroes,
+            "Your step() also drops the gradients. That is zero_grad()'s part: whoever looks at "
+            "the gradients after the step, for a log of their norms, finds none.",
+        ),
+        Misconception(
+            "zeros_for_none",
+            _ShardedZerosForNone,
+            "You give a parameter without a gradient one of zeros. AdamW then decays it and moves "
+            "it by its old moments; with None it stays as it is.",
+        ),
+        Misconception(
+            "frozen_left_out_before_dealing",
+            _ShardedLearningOnly,
+            "You leave out the frozen parameters before you deal the list out. From there on the "
+            "numbers are shifted: rank r takes number r, r + world_size and so on of the list as "
+            "it is given.",
+        ),
+        Misconception(
+            "weight_decay_dropped",
+            _sharded_without_decay,
+            "You do not pass weight_decay on to AdamW, which then takes the 0.01 that it has by "
+            "default, whatever was asked for.",
+        ),
+        Misconception(
+            "betas_dropped",
+            _sharded_without_betas,
+            "You do not pass betas on to AdamW, which then takes the (0.9, 0.999) that it has by "
+            "default, whatever was asked for.",
         ),
         Misconception(
             "dealt_in_blocks",

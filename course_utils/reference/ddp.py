@@ -279,9 +279,10 @@ def accumulate_shards(ddp, micro_batches, loss_function):
 def clipped_step(module, loss, optimizer, max_norm):
     """One step with gradients averaged over the ranks, whose norm is clipped to max_norm.
 
-    loss: this rank's, 0-dim. Zeroes the gradients first, computes them, averages them over the
-    ranks, clips the norm of all of them together as torch.nn.utils.clip_grad_norm_ does, and takes
-    the optimizer's step. Returns the norm before clipping, a float, the same on every rank.
+    loss: this rank's, 0-dim, left as it is. Zeroes the gradients first, computes them, averages
+    them over the ranks, clips the norm of all of them together as torch.nn.utils.clip_grad_norm_
+    does, and takes the optimizer's step. Returns the norm before clipping, a float, the same on
+    every rank.
     """
     optimizer.zero_grad()
     loss.backward()
@@ -301,7 +302,7 @@ def global_accuracy(model, x, y, batch_size):
     x: (n, ...), y: int64 (n,), whole on every rank. Each sample is evaluated on exactly one rank,
     in batches of at most batch_size; no rank has more than ceil(n / world_size) of them, and some
     may have none. The model, which returns logits, is in eval mode meanwhile, and afterwards in
-    the mode that it was in. n ≥ 1.
+    the mode that it was in; it is called without a graph. n ≥ 1.
     """
     was_training = model.training
     model.eval()
@@ -349,7 +350,8 @@ def load_checkpoint(path, model, optimizer, scheduler):
     """Continue from what `save_checkpoint` wrote: (epoch, step); (0, 0) where there is no file.
 
     Every rank calls it and reads the file, onto the CPU. The model, optimizer and scheduler get
-    their states, torch and Python's `random` the random states of this rank.
+    their states, torch and Python's `random` the random states of this rank. The file stays; one
+    that cannot be read is an error.
     """
     if not os.path.exists(path):
         return 0, 0
@@ -369,7 +371,8 @@ class ShardedAdamW:
     params: an iterable of the same parameters in the same order on all ranks, with gradients that
     are the same on all ranks when step() is called. Rank r updates the parameters number r,
     r + world_size, … (there may be none) by torch.optim.AdamW, and sends them to the others. A
-    parameter without a gradient stays as it is. zero_grad() sets all gradients to None.
+    parameter without a gradient stays as it is, and step() leaves all gradients as they are.
+    zero_grad() sets them to None.
 
     Source: Rajbhandari et al., ZeRO (2020), section 5.1.
     """
