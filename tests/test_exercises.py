@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import os
+import pickle
 from functools import cache
 
 import pytest
 import torch
+from filelock import FileLock
 
 from course_utils.exercises import CHAPTERS, engine, judge, registry
 from course_utils.exercises.engine import diagnose, first_difference, observe, same_behaviour
@@ -22,12 +25,27 @@ def each(exercises):
 BY_SLUG = each(EXERCISES)
 
 
-@cache
-def observed(slug):
-    """The catalogue's part of a judgement, once for all tests of this process: what the reference
-    does, and what each misconception does."""
+@pytest.fixture(scope="session")
+def observed(tmp_path_factory):
+    """slug → the catalogue's part of a judgement: what the reference does, and what each
+    misconception does; found out once, whichever of the processes of this run needs it first."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # the run's; each of its processes has a folder below
+
+    @cache
+    def found_out(slug):
+        file = folder / f"observed-{slug}.pickle"
+        with FileLock(f"{file}.lock"):
+            if not file.exists():
+                file.write_bytes(pickle.dumps(_observe_all(registry()[slug])))
+        return pickle.loads(file.read_bytes())
+
+    return found_out
+
+
+def _observe_all(exercise):
     torch.set_num_threads(1)
-    exercise = registry()[slug]
     expected = observe(exercise, exercise.reference)
     seen = {m.slug: observe(exercise, m.implementation, expected) for m in exercise.misconceptions}
     return expected, seen
@@ -76,21 +94,25 @@ def test_reference_passes(exercise):
 
 @pytest.mark.slow
 @BY_SLUG
-def test_misconceptions_are_rejected_and_named(exercise, monkeypatch):
-    """Each of them diagnosed, with the catalogue observed only once; and the first, the last, for
-    which the catalogue is searched from end to end, and every 25th judged in every step."""
+def test_misconceptions_are_rejected_and_named(exercise, observed, monkeypatch):
+    """Each of them diagnosed by what it was seen to do; and the first, the last, for which the
+    catalogue is searched from end to end, and every 25th judged in every step."""
     last = len(exercise.misconceptions) - 1
     for number, misconception in enumerate(exercise.misconceptions):
         if number % 25 == 0 or number == last:
             _is_named(misconception, judge(exercise.slug, misconception.implementation))
     slugs = {id(m.implementation): m.slug for m in exercise.misconceptions}
     assert len(slugs) == len(exercise.misconceptions), "one implementation stands there twice"
+    expected, seen = observed(exercise.slug)
+
+    def known(exercise, implementation, expected=None):
+        return seen[slugs[id(implementation)]]
 
     def behaves_like(exercise, implementation, expected, seen):
-        known = observed(exercise.slug)[1][slugs[id(implementation)]]
-        return same_behaviour(known, seen, exercise.rtol, exercise.atol)
+        return same_behaviour(known(exercise, implementation), seen, exercise.rtol, exercise.atol)
 
-    observed(exercise.slug)
+    monkeypatch.setattr(engine, "_expected", lambda exercise: expected)
+    monkeypatch.setattr(engine, "observe", known)
     monkeypatch.setattr(engine, "_behaves_like", behaves_like)
     for misconception in exercise.misconceptions:
         _is_named(misconception, diagnose(exercise, misconception.implementation))
@@ -110,7 +132,7 @@ def test_alternatives_pass(exercise):
 
 
 @each([e for e in EXERCISES if e.shipped is not None])
-def test_shipped_bug_is_not_an_attempt(exercise):
+def test_shipped_bug_is_not_an_attempt(exercise, observed):
     verdict = judge(exercise.slug, exercise.shipped)
     assert verdict.state == "not attempted"
     assert exercise.symptom in verdict.message
@@ -123,7 +145,7 @@ def test_shipped_bug_is_not_an_attempt(exercise):
 
 
 @BY_SLUG
-def test_probes_tell_everything_apart(exercise):
+def test_probes_tell_everything_apart(exercise, observed):
     """No misconception behaves like the reference, and no two like one another."""
     rtol, atol = exercise.rtol, exercise.atol
     expected, seen = observed(exercise.slug)
@@ -155,7 +177,7 @@ def test_no_constant_answer_passes(exercise):
 
 
 @BY_SLUG
-def test_observations_are_reproducible(exercise):
+def test_observations_are_reproducible(exercise, observed):
     one, _ = observed(exercise.slug)
     torch.manual_seed(99)
     other = observe(exercise, exercise.reference)
